@@ -1,0 +1,239 @@
+"""Noise schedules: x_t = α(t)·x0 + σ(t)·ε, for VP, VE and rectified flow.
+
+The time ``t`` is the number that diffusers calls a timestep: 0 … T−1 for discrete VP checkpoints (floats in between
+are meaningful), 1000·s for flow models, σ itself for VE. All methods take and return float64 tensors of any shape.
+
+Notation: rho = σ/α (noise-to-signal ratio), lambda_ = log(α/σ) (half log-SNR).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from .errors import UsageError, unknown
+
+
+def _as64(value) -> torch.Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+class NoiseSchedule(ABC):
+    """Maps time to noise level and back.
+
+    Attributes:
+        t_min, t_max: the cleanest and the noisiest time at which networks of this schedule are called.
+    """
+
+    t_min: float
+    t_max: float
+
+    @abstractmethod
+    def rho(self, t) -> torch.Tensor:
+        """Noise-to-signal ratio σ/α at time t; infinite where α = 0."""
+
+    @abstractmethod
+    def t_from_rho(self, rho) -> torch.Tensor:
+        """Exact inverse of `rho`, clipped to [t_min, t_max]."""
+
+    @abstractmethod
+    def level_from_rho(self, rho) -> tuple[torch.Tensor, torch.Tensor]:
+        """(α, σ) of the level with noise-to-signal ratio rho; rho may be 0 or infinite."""
+
+    def level(self, t) -> tuple[torch.Tensor, torch.Tensor]:
+        """(α, σ) at time t."""
+        return self.level_from_rho(self.rho(t))
+
+    def alpha(self, t) -> torch.Tensor:
+        """Signal scale α(t)."""
+        return self.level(t)[0]
+
+    def sigma(self, t) -> torch.Tensor:
+        """Noise scale σ(t)."""
+        return self.level(t)[1]
+
+    def lambda_(self, t) -> torch.Tensor:
+        """Half log-SNR log(α/σ)."""
+        return -torch.log(self.rho(t))
+
+    def t_from_lambda(self, lambda_) -> torch.Tensor:
+        """Time at which the half log-SNR is lambda_."""
+        return self.t_from_rho(torch.exp(-_as64(lambda_)))
+
+    def time(self, u) -> torch.Tensor:
+        """Time at the fraction u ∈ [0, 1] of the schedule's own index (0 clean, 1 noisiest).
+
+        Training methods draw u; what is uniform in u is what the model family was trained on.
+        """
+        return self.t_min + (self.t_max - self.t_min) * _as64(u)
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation of the noise that sampling starts from, in native scale."""
+        return 1.0
+
+
+class _VariancePreserving(NoiseSchedule):
+    def level_from_rho(self, rho):
+        rho = _as64(rho)
+        norm = torch.sqrt(1.0 + rho**2)
+        return 1.0 / norm, torch.where(torch.isinf(rho), torch.ones_like(rho), rho / norm)
+
+
+class VPDiscrete(_VariancePreserving):
+    """A DDPM-type table of ᾱ over integer timesteps; log rho is interpolated linearly in between.
+
+    Args:
+        alphas_cumprod: (T,) decreasing ᾱ in (0, 1).
+    """
+
+    def __init__(self, alphas_cumprod):
+        table = _as64(alphas_cumprod).flatten()
+        if table.numel() < 2 or bool((table <= 0).any()) or bool((table >= 1).any()) or bool((table.diff() >= 0).any()):
+            raise UsageError("alphas_cumprod must be a strictly decreasing table of at least 2 values inside (0, 1).")
+        self.alphas_cumprod = table
+        self._log_rho = (0.5 * (torch.log1p(-table) - torch.log(table))).numpy()
+        self._index = np.arange(table.numel(), dtype=np.float64)
+        self.t_min, self.t_max = 0.0, float(table.numel() - 1)
+
+    def rho(self, t):
+        t = _as64(t)
+        return torch.exp(_as64(np.interp(t.cpu().numpy(), self._index, self._log_rho))).to(t.device)
+
+    def t_from_rho(self, rho):
+        rho = _as64(rho)
+        with np.errstate(divide="ignore"):
+            log_rho = np.log(rho.cpu().numpy())
+        return _as64(np.interp(log_rho, self._log_rho, self._index)).to(rho.device)
+
+
+class VPLinear(_VariancePreserving):
+    """Continuous VP with linear β(t) = beta_min + t·(beta_max − beta_min), t ∈ [t_min, 1] (Song et al. 2021)."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3):
+        self.beta_min, self.beta_max = beta_min, beta_max
+        self.t_min, self.t_max = t_min, 1.0
+
+    def rho(self, t):
+        t = _as64(t)
+        return torch.sqrt(torch.expm1(0.5 * t**2 * (self.beta_max - self.beta_min) + t * self.beta_min))
+
+    def t_from_rho(self, rho):
+        log_term = torch.log1p(_as64(rho) ** 2)
+        root = torch.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * log_term)
+        return (2.0 * log_term / (self.beta_min + root)).clamp(self.t_min, self.t_max)
+
+
+class VPCosine(_VariancePreserving):
+    """Continuous VP with ᾱ(t) = cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2) (Nichol & Dhariwal 2021)."""
+
+    def __init__(self, s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946):
+        self.s, self.t_min, self.t_max = s, t_min, t_max
+        self._cos0 = math.cos(s / (1.0 + s) * math.pi / 2.0)
+
+    def rho(self, t):
+        alpha = torch.cos((_as64(t) + self.s) / (1.0 + self.s) * math.pi / 2.0) / self._cos0
+        return torch.sqrt((1.0 - alpha**2).clamp_min(0.0)) / alpha
+
+    def t_from_rho(self, rho):
+        alpha = 1.0 / torch.sqrt(1.0 + _as64(rho) ** 2)
+        t = torch.arccos((alpha * self._cos0).clamp(-1.0, 1.0)) * 2.0 / math.pi * (1.0 + self.s) - self.s
+        return t.clamp(self.t_min, self.t_max)
+
+
+class VE(NoiseSchedule):
+    """Variance exploding (EDM): α = 1, t = σ ∈ [sigma_min, sigma_max]; index fractions follow Karras et al. (ρ = 7)."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        self.t_min, self.t_max = sigma_min, sigma_max
+
+    def rho(self, t):
+        return _as64(t)
+
+    def t_from_rho(self, rho):
+        return _as64(rho).clamp(self.t_min, self.t_max)
+
+    def level_from_rho(self, rho):
+        rho = _as64(rho)
+        return torch.ones_like(rho), rho
+
+    def time(self, u):
+        low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
+        return (low + _as64(u) * (high - low)) ** 7
+
+    @property
+    def initial_scale(self) -> float:
+        return self.t_max
+
+
+class Flow(NoiseSchedule):
+    """Rectified flow: α = 1 − s, σ = s, t = T·s with T training timesteps."""
+
+    def __init__(self, num_train_timesteps: int = 1000):
+        self.num_train_timesteps = num_train_timesteps
+        self.t_min, self.t_max = 1.0, float(num_train_timesteps)
+
+    def rho(self, t):
+        s = _as64(t) / self.num_train_timesteps
+        return s / (1.0 - s)
+
+    def t_from_rho(self, rho):
+        return self.level_from_rho(rho)[1] * self.num_train_timesteps
+
+    def level_from_rho(self, rho):
+        rho = _as64(rho)
+        alpha = 1.0 / (1.0 + rho)
+        return alpha, 1.0 - alpha
+
+
+def _betas(config: Mapping) -> torch.Tensor:
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return _as64(list(trained))
+    steps = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    match kind:
+        case "linear":
+            return torch.linspace(start, end, steps, dtype=torch.float64)
+        case "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        case "squaredcos_cap_v2":
+            edge = torch.arange(steps + 1, dtype=torch.float64) / steps
+            alpha_bar = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        case "sigmoid":
+            return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (end - start) + start
+    raise unknown("beta_schedule", str(kind), ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
+
+
+def _zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Shift and scale √ᾱ to vanish at the last timestep (Lin et al. 2023, algorithm 1), then lift it to 2⁻²⁴."""
+    root = alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    rescaled = root**2
+    rescaled[-1] = 2.0**-24
+    return rescaled
+
+
+def from_diffusers(scheduler) -> NoiseSchedule:
+    """Read the noise schedule of a diffusers scheduler, or of its config.
+
+    Args:
+        scheduler: a SchedulerMixin object or its config mapping (`_class_name` tells flow and EDM classes apart).
+
+    Raises:
+        UsageError: a beta schedule that is not known.
+    """
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    name = config.get("_class_name", "") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    if "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return Flow(config.get("num_train_timesteps", 1000))
+    if name.startswith("EDM"):
+        return VE(config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
+    alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+    if config.get("rescale_betas_zero_snr"):
+        alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+    return VPDiscrete(alphas_cumprod)
