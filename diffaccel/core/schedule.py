@@ -210,11 +210,14 @@ def _betas(config: Mapping) -> torch.Tensor:
 
 
 def _zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shift and scale √ᾱ to vanish at the last timestep (Lin et al. 2023, algorithm 1), then lift it to 2⁻²⁴."""
+    """Shift and scale √ᾱ to vanish at the last timestep (Lin et al. 2023, algorithm 1), then lift it to 2⁻²⁴.
+
+    Less where the table before it is already that small (linear betas), so that the table stays decreasing.
+    """
     root = alphas_cumprod.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     rescaled = root**2
-    rescaled[-1] = 2.0**-24
+    rescaled[-1] = min(2.0**-24, 0.25 * float(rescaled[-2]))
     return rescaled
 
 

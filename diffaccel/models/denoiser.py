@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..core.prediction import convert
+from ..core.prediction import coefficients, convert
 from ..core.schedule import NoiseSchedule
 
 Condition = Mapping[str, torch.Tensor]  # network keyword arguments, each with the batch as first dimension
@@ -77,6 +77,13 @@ class NetworkDenoiser(Denoiser):
         prediction = self.predict(x_t, t, condition).float()
         alpha, sigma = self.level(t)
         return convert(prediction, x_t.float(), self.prediction_type, "sample", alpha, sigma)
+
+    def denoising_error(self, x0, t, eps, condition=None) -> torch.Tensor:
+        """(B,) mean squared error of the raw prediction at α·x0 + σ·eps: the loss this family was trained with."""
+        x_t = self.noised(x0, t, eps)
+        p, r = coefficients("sample", self.prediction_type, *self.level(t))
+        error = self.predict(x_t, t, condition).float() - (p * x_t + r * x0)
+        return error.square().flatten(1).mean(1)
 
     def forward_with_features(self, x_t, t, condition=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Like a call, and in the same network evaluation the outputs of `feature_modules` as float32."""

@@ -1,0 +1,40 @@
+"""diffaccel: diffusers models in 1 to 10 network evaluations.
+
+Everything public is imported on first use, so `import diffaccel` costs neither torch nor diffusers. Importing the
+package is also what lets `diffusers.DiffusionPipeline.from_pretrained` open folders that it saved.
+"""
+
+import importlib
+
+from ._registration import install as _install
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ClassConditionalPipeline": "diffaccel.models.pipeline",
+    "DDIMScheduler": "diffaccel.samplers.scheduler",
+    "DEISScheduler": "diffaccel.samplers.scheduler",
+    "evaluate_fid": "diffaccel.evaluate.fid",
+    "generate": "diffaccel.generation",
+    "load_denoiser": "diffaccel.models.teachers",
+    "load_pipeline": "diffaccel.models.teachers",
+    # diffusers decides how to load a third-party component by looking for these names beside its class.
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+__all__ = [name for name in _PUBLIC if name not in ("ModelMixin", "SchedulerMixin")]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_PUBLIC))
+
+
+_install()

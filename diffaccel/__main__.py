@@ -1,0 +1,5 @@
+"""`python -m diffaccel` and `accelerate launch -m diffaccel`."""
+
+from .cli.app import main
+
+main()

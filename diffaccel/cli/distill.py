@@ -1,0 +1,134 @@
+"""`diffaccel distill`: a one-step student from a teacher."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.config import merge
+from . import options
+from .output import note, quiet_libraries, run_folder
+
+_VALIDATION_SAMPLES = 500
+
+
+def distill(
+    teacher: Annotated[str | None, typer.Option(help="Name in `diffaccel list teachers`, or a model folder.")] = None,
+    method: Annotated[str | None, typer.Option(help="dmd or f-distill; default: the teacher's recommended one.")] = None,
+    divergence: Annotated[str | None, typer.Option(help="f-distill only; see `diffaccel list divergences`.")] = None,
+    data: Annotated[str | None, typer.Option(help="Real images for a discriminator: `digits` or a folder.")] = None,
+    output: options.Output = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    config: options.Config = None,
+    settings: options.Set = None,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+):
+    """Distil a diffusion model into a generator that needs one network evaluation.
+
+    The run folder gets config.yaml, metrics.jsonl, sample sheets over time, checkpoints and final/, which
+    diffusers.DiffusionPipeline.from_pretrained opens after `import diffaccel`.
+
+    Examples:
+
+    - `diffaccel distill --teacher digits`
+
+    - `diffaccel distill --teacher digits --method dmd --seed 1 -o runs/dmd`
+
+    - `diffaccel distill --teacher digits --method f-distill --divergence forward-kl`
+
+    - `diffaccel distill --teacher digits -o runs/dmd --resume`
+
+    - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
+    """
+    from ..distill.run import build_method, resolve_distillation
+    from ..training.launch import launch, stored_settings
+    from ..training.recipes import complete
+
+    flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
+    chosen = {"name": method, "divergence": divergence}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    given = {"teacher": teacher, "data": data, "method": chosen or None}
+    flags |= {key: value for key, value in given.items() if value is not None}
+    if resume:
+        flags = merge(stored_settings(output), flags)
+    run_config = resolve_distillation(flags, config, settings)
+    quiet_libraries()
+    built = build_method(run_config)
+    resolved = complete(run_config, list(built.roles))
+    folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
+    if dry_run:
+        _print_plan(built, resolved, folder)
+        return
+    if not quiet:
+        name = run_config.method["name"]
+        note(f"Distilling {run_config.teacher!r} with {name} for {run_config.trainer.steps} steps in {folder}")
+    reference = _reference(run_config)
+    evaluator = _validator(built, reference) if reference else None
+    final = launch(built, run_config, folder, resume, evaluator, progress=not quiet)
+    typer.echo(f"Finished: {final}, one network evaluation per image")
+    if reference:
+        from ..core.files import write_atomic
+        from ..evaluate.fid import evaluate_fid
+
+        report = evaluate_fid(final, reference, num=1000, seed=1)
+        write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        typer.echo(str(report))
+    if not quiet:
+        note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
+
+
+def _reference(run_config) -> str | None:
+    """Real images to measure against: the teacher's own data set, or what the run was given."""
+    from ..models.teachers import TEACHERS
+
+    info = TEACHERS.get(run_config.teacher)
+    return (info.data if info else "") or run_config.data
+
+
+def _validator(method, reference: str):
+    """A function from the averaged student to its Fréchet distance on a fixed set of noise and conditions."""
+    import torch
+
+    from ..core.images import to_uint8
+    from ..core.rng import KeyedRandom
+    from ..evaluate.fid import Monitor
+
+    monitor = Monitor(reference)
+    classes = method.teacher.num_classes
+
+    def evaluate(model) -> dict[str, float]:
+        device = next(model.parameters()).device
+        noise = KeyedRandom(0).normal("validation", 0, 0, _VALIDATION_SAMPLES, model.sample_shape).to(device)
+        labels = torch.arange(_VALIDATION_SAMPLES, device=device)
+        condition = {"class_labels": labels % classes} if classes else None
+        images = torch.cat(
+            [
+                method.generate(model, noise[part], condition and {k: v[part] for k, v in condition.items()})
+                for part in labels.split(100)
+            ]
+        )
+        return monitor(to_uint8(images.cpu()))
+
+    return evaluate
+
+
+def _print_plan(method, resolved: dict, folder: Path) -> None:
+    import yaml
+
+    trainer = resolved["trainer"]
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in method.roles.items()}
+    frozen = sum(p.numel() for p in method.teacher.parameters())
+    # float32: weights, gradients and two Adam moments per trained role, one copy for the moving average.
+    memory = 4 * (4 * sum(parameters.values()) + frozen + parameters["student"])
+    typer.echo(f"# Plan: {resolved['method']['name']} on teacher {resolved['teacher']}, run folder {folder}")
+    typer.echo(f"# teacher {frozen:,} parameters (frozen); " + ", ".join(f"{k} {v:,}" for k, v in parameters.items()))
+    typer.echo(f"# weights, gradients, optimisers and average: {memory / 2**20:,.1f} MiB, plus activations")
+    typer.echo(f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved.get('data', 'none needed')}")
+    typer.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)

@@ -1,0 +1,82 @@
+"""`diffaccel list`: what there is, from the registries themselves."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..core.errors import unknown
+from .output import table
+
+
+def _samplers():
+    from ..samplers.registry import SAMPLERS
+
+    return [{"name": s.name, "nfe/step": s.nfe_per_step, "what": s.summary, "paper": s.paper} for s in SAMPLERS.values()]
+
+
+def _methods():
+    from ..distill.registry import METHODS
+
+    return [{"name": m.name, "what": m.summary, "network calls": m.cost, "paper": m.paper} for m in METHODS.values()]
+
+
+def _teachers():
+    from ..models.teachers import TEACHERS
+
+    rows = []
+    for info in map(asdict, TEACHERS.values()):
+        where = info["repository"] or "embedded"
+        rows.append({"name": info["name"], "what": info["summary"], "size": info["size"], "from": where, "licence": info["licence"]})
+    return rows
+
+
+def _recipes():
+    from ..core.config import read_yaml
+    from ..training.recipes import recipes
+
+    return [
+        {"name": name, "for": kind, "what": read_yaml(path).get("description", "")}
+        for kind in ("train", "distill")
+        for name, path in recipes(kind).items()
+    ]
+
+
+def _features():
+    from ..evaluate.features import FEATURES
+
+    return [{"name": f.name, "what": f.summary} for f in FEATURES.values()]
+
+
+def _divergences():
+    from ..distill.divergences import DIVERGENCES
+
+    return [{"name": d.name, "character": d.character} for d in DIVERGENCES.values()]
+
+
+_KINDS = {
+    "samplers": _samplers,
+    "methods": _methods,
+    "divergences": _divergences,
+    "teachers": _teachers,
+    "recipes": _recipes,
+    "features": _features,
+}
+
+
+def show(
+    kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(_KINDS)}.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+):
+    """List samplers, methods, divergences, teachers, recipes or features.
+
+    Example: `diffaccel list samplers`
+    """
+    if kind not in _KINDS:
+        raise unknown("list", kind, _KINDS)
+    rows = _KINDS[kind]()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(table(list(rows[0]), [list(row.values()) for row in rows]))

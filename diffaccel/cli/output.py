@@ -1,0 +1,43 @@
+"""What verbs share: quiet libraries, tables, default run folders."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+
+def quiet_libraries() -> None:
+    """Keep loading bars and the xformers banner off stderr; call before diffusers models are imported."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+
+
+def note(text: str) -> None:
+    """Progress and hints go to stderr; stdout is for results."""
+    typer.echo(text, err=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; the first left, numbers right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    numeric = [all(_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(cells):
+        parts = [f"{c!s:>{w}}" if right else f"{c!s:<{w}}" for c, w, right in zip(cells, widths, numeric, strict=True)]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def run_folder(verb: str, *names: str) -> Path:
+    """runs/DATE-TIME-VERB-NAMES, made of safe characters."""
+    safe = ["".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) for name in names]
+    return Path("runs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), verb, *safe])
+
+
+def _number(cell) -> bool:
+    return str(cell)[:1].isdigit() or str(cell).startswith(("-", "–", "+"))

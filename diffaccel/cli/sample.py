@@ -1,0 +1,95 @@
+"""`diffaccel sample`: images from a teacher, a student or any pixel model folder."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UsageError
+from .output import note, quiet_libraries
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="Teacher name, or a model folder such as RUN/final.", show_default=False)],
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's own.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="See `diffaccel list samplers`; default: the model's own.")] = None,
+    num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 100,
+    seed: Annotated[int, typer.Option(help="Image i depends on the seed and on i only.")] = 0,
+    classes: Annotated[str | None, typer.Option(help="Classes to draw in turn, such as 3 or 1,4,7; default all.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; other values than 1 double the NFE.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Images per network call; does not change them.")] = 256,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one PNG per image.", show_default=False)] = None,
+    grid: Annotated[Path | None, typer.Option(help="One PNG with all images, ten a row.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device; default CUDA where there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
+):
+    """Generate images.
+
+    Examples:
+
+    - `diffaccel sample digits --steps 10 --sampler deis --num 100 --grid digits.png`
+
+    - `diffaccel sample runs/my-run/final --num 1000 --output samples/`
+
+    - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
+    """  # noqa: E501
+    if output is None and grid is None:
+        raise UsageError("Say where the images go: --output FOLDER for single files, --grid FILE for one sheet.")
+    if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise UsageError(f"{output} is not an empty folder; give another --output.")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise UsageError(f"--grid writes PNG files; got {grid.name}.")
+    wanted = _classes(classes)
+    quiet_libraries()
+    import torch
+
+    from ..core.images import save_grid, save_png
+    from ..generation import generate
+
+    started = time.monotonic()
+    drawn = generate(
+        model,
+        num,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        classes=wanted,
+        device=device,
+        progress=True,
+    )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    written, sheet = 0, []
+    for images, _labels in drawn:
+        if output is not None:
+            for index, image in enumerate(images, start=written):
+                save_png(image, output / f"{index:06d}.png")
+        if grid is not None:
+            sheet.append(images)
+        written += len(images)
+    if grid is not None:
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        images = torch.cat(sheet)
+        save_grid(images, grid, scale=max(1, 40 // images.shape[-1]))
+    result = {"images": written, "seconds": round(time.monotonic() - started, 2)}
+    places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
+    if as_json:
+        typer.echo(json.dumps(result | places))
+    else:
+        typer.echo(f"{written} images in {result['seconds']} s: {', '.join(places.values())}")
+        if output is not None and sys.stderr.isatty():
+            note(f"Next: diffaccel evaluate fid {output} digits")
+
+
+def _classes(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--classes takes numbers separated by commas, such as 1,4,7; got {text!r}.") from None

@@ -1,0 +1,65 @@
+"""`diffaccel train`: the recipes behind everything that ships."""
+
+from typing import Annotated
+
+import typer
+
+from ..core.config import merge
+from . import options
+from .output import note, quiet_libraries, run_folder
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="See `diffaccel list recipes`.")] = "digits",
+    output: options.Output = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    config: options.Config = None,
+    settings: options.Set = None,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = False,
+    quiet: options.Quiet = False,
+):
+    """Train a shipped model from scratch: teachers and feature extractors.
+
+    Examples:
+
+    - `diffaccel train --recipe digits -o runs/teacher`
+
+    - `diffaccel train --recipe digits -o runs/teacher --resume`
+
+    - `diffaccel train --recipe digits-features --seed 1`
+    """
+    from ..training.launch import launch, stored_settings
+    from ..training.recipes import complete, method_settings, read_recipe, resolve
+    from ..training.registry import load_method
+
+    flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
+    base = merge(read_recipe("train", recipe), stored_settings(output) if resume else {})
+    run_config = resolve(base, config, settings or [], flags)
+    quiet_libraries()
+    method_class = load_method(run_config.method["name"])
+    method = method_class(method_settings(run_config, method_class.Config), run_config.trainer.seed)
+    folder = output or run_folder("train", recipe)
+    if dry_run:
+        import yaml
+
+        typer.echo(yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False), nl=False)
+        return
+    if not quiet:
+        note(f"Training {recipe!r} for {run_config.trainer.steps} steps in {folder}")
+    final = launch(method, run_config, folder, resume, progress=not quiet)
+    typer.echo(f"Finished: {final}")
+    if (final / "model_index.json").is_file():
+        from ..core.files import write_atomic
+        from ..evaluate.fid import evaluate_fid
+        import json
+
+        report = evaluate_fid(final, "digits", num=1000, progress=not quiet)
+        write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        typer.echo(str(report))
+        if not quiet:
+            note(f"Next: diffaccel sample {final} --grid digits.png")

@@ -1,0 +1,33 @@
+"""Features of the bundled digit classifier: the offline default for 8×8 grey images."""
+
+import torch
+
+from .base import FeatureExtractor
+
+
+class DigitsFeatures(FeatureExtractor):
+    """Penultimate activations (64) of the bundled classifier; the real training digits have covariance trace 100.
+
+    Raises:
+        DataError: the bundled weights are missing or damaged.
+    """
+
+    name = "digits64"
+    num_features = 64
+    channels = 1
+    image_size = (8, 8)
+    preprocessing = "uint8 grey / 127.5 - 1, no resize"
+
+    def __init__(self):
+        from ...models.classifier import load_digits_classifier
+
+        super().__init__()
+        self.classifier = load_digits_classifier().requires_grad_(False)
+        self.eval()
+
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.features(images.float() / 127.5 - 1.0)
+
+    def weights_sha256(self) -> str:
+        """SHA-256 that the classifier states for its weight file."""
+        return self.classifier.sha256

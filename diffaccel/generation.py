@@ -1,0 +1,91 @@
+"""Images from any model: a name, a folder or an opened pipeline. Sample i is the same whatever the batch size."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .core.errors import DataError, UsageError
+from .core.images import to_uint8
+from .core.rng import KeyedRandom
+from .models.teachers import load_pipeline
+from .samplers.registry import get_sampler
+
+
+def generate(
+    model,
+    num: int,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    batch_size: int = 256,
+    classes: list[int] | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Generate images batch by batch.
+
+    Args:
+        model: teacher name, model folder, or an opened ClassConditionalPipeline (its scheduler is left as it was).
+        num: number of images.
+        steps: sampler steps; default: what the model's folder says (a distilled student says 1).
+        sampler: name in `diffaccel list samplers`; default: the model's own scheduler.
+        seed: image i depends on the seed and on i only.
+        guidance_scale: classifier-free guidance, 1 for none (other values double the network evaluations).
+        batch_size: images per network call.
+        classes: classes to draw in turn; default all.
+        device: torch device; default CUDA where there is one.
+        progress: show a bar on stderr.
+
+    Yields:
+        (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU.
+
+    Raises:
+        UsageError: num, steps or batch_size below 1, unknown sampler, classes the model does not have.
+        DataError, MissingWeightsError: the model cannot be opened.
+    """
+    for name, value in (("num", num), ("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
+    build = get_sampler(sampler).build if sampler else None
+    pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
+    if not hasattr(pipeline, "num_classes"):
+        raise DataError(f"{model} is a {type(pipeline).__name__}; sampling here works with pixel models (UNet2DModel).")
+    if classes is not None and pipeline.num_classes is None:
+        raise UsageError(f"{model} has no classes.")
+    wanted = torch.tensor(classes if classes is not None else range(pipeline.num_classes or 0), dtype=torch.long)
+    if bool((wanted < 0).any()) or (pipeline.num_classes and bool((wanted >= pipeline.num_classes).any())):
+        raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress)
+
+
+def _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress):
+    random, own = KeyedRandom(seed), pipeline.scheduler
+    config = pipeline.unet.config
+    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
+    bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
+    pipeline.scheduler = build(own.config) if build else own
+    try:
+        with bar:
+            for start in range(0, num, batch_size):
+                count = min(batch_size, num - start)
+                noise = random.normal("sample", 0, start, count, (config.in_channels, *size))
+                seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
+                labels = wanted[torch.arange(start, start + count) % len(wanted)] if len(wanted) else None
+                images = pipeline(
+                    class_labels=labels,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=[torch.Generator().manual_seed(value) for value in seeds],
+                    noise=noise,
+                    output_type="pt",
+                    return_dict=False,
+                )[0]
+                bar.update(count)
+                yield to_uint8(images.float().cpu()), labels
+    finally:
+        pipeline.scheduler = own

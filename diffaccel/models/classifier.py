@@ -1,0 +1,66 @@
+"""The small digit classifier: accuracy of generated samples, and the features of FD-digits64."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..core.errors import DataError
+from ..core.files import sha256_file
+from .shipped import ASSETS, check_shipped
+
+WEIGHTS = ASSETS / "digits" / "classifier.safetensors"
+
+
+class DigitsClassifier(nn.Module):
+    """Three convolutions and a 64-wide ReLU layer; 8×8 grey images in [−1, 1].
+
+    Attributes:
+        feature_scale: buffer; brings the features of the real training digits to a covariance trace of 100, so that
+            Fréchet distances have a fixed, readable unit.
+        sha256: hash of the weight file it was loaded from, "" for fresh weights.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(24, 32, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(48 * 2 * 2, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+        self.register_buffer("feature_scale", torch.ones(()))
+        self.sha256 = ""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Scaled penultimate activations: (N, 1, 8, 8) in [−1, 1] → (N, 64)."""
+        return self.trunk(x) * self.feature_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class logits: (N, 1, 8, 8) in [−1, 1] → (N, 10)."""
+        return self.head(self.trunk(x))
+
+    @torch.no_grad()
+    def calibrate(self, x: torch.Tensor) -> None:
+        """Set `feature_scale` from the real training images x (N, 1, 8, 8)."""
+        trace = torch.cov(self.trunk(x).double().T).trace()
+        self.feature_scale.fill_(float(torch.sqrt(100.0 / trace)))
+
+
+def load_digits_classifier(path: Path = WEIGHTS) -> DigitsClassifier:
+    """Load the classifier in eval mode, frozen; by default the shipped one, whose hash is checked.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"No classifier weights at {path}; make them with `diffaccel train --recipe digits-features`.")
+    if path == WEIGHTS:
+        check_shipped("digits", path.name)
+    model = DigitsClassifier()
+    model.load_state_dict(load_file(path))
+    model.sha256 = sha256_file(path)
+    return model.eval().requires_grad_(False)

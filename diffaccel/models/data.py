@@ -1,0 +1,95 @@
+"""The image sets that travel with the package."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..core.errors import DataError, unknown
+from ..core.images import find_images, read_images
+from .shipped import ASSETS, check_shipped
+
+SPLITS = ("train", "heldout", "all")
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    check_shipped("digits", "data.npz")
+    with np.load(ASSETS / "digits" / "data.npz", allow_pickle=False) as archive:
+        return archive["levels"], archive["labels"], archive["held_out"]
+
+
+def load_digits(split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
+    """Real 8×8 digits: images (N, 1, 8, 8) uint8 and labels (N,) int64.
+
+    1,797 images of scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" (CC BY 4.0), whose 17
+    grey levels 0 … 16 are spread over 0 … 255. The fixed, stratified held-out split has a fifth of every class.
+
+    Args:
+        split: "train", "heldout" or "all".
+
+    Raises:
+        UsageError: another split name.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    levels, labels, held_out = _digits()
+    keep = {"train": ~held_out, "heldout": held_out, "all": np.ones_like(held_out)}[split]
+    images = np.rint(levels[keep] * (255.0 / 16.0)).astype(np.uint8)
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels[keep].astype(np.int64))
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as float32 in [−1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+class RealImages:
+    """Real images in memory, drawn by keyed random numbers.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 classes, or None.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, draw) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        """Images in [−1, 1] and their condition for one micro-batch (a `training.method.Draw`)."""
+        index = draw.integers("real", len(self.images)).cpu()
+        images = to_unit_range(self.images[index]).to(draw.device)
+        return images, None if self.labels is None else {"class_labels": self.labels[index].to(draw.device)}
+
+
+def load_images(source: str, channels: int, size: tuple[int, int], with_labels: bool) -> RealImages:
+    """Training images by data set name, or from a folder.
+
+    Args:
+        source: "digits" (its training split) or a folder of images; with labels, one sub-folder per class in
+            alphabetical order.
+        channels, size: what the model takes; (height, width).
+        with_labels: whether the model has classes.
+
+    Raises:
+        DataError: missing or empty folder, unreadable images, wrong sizes, images outside the class folders.
+    """
+    if source == "digits":
+        images, labels = load_digits("train")
+        return RealImages(images, labels if with_labels else None)
+    root = Path(source)
+    if not root.is_dir():
+        raise DataError(f"No data set or image folder {source!r}; give `digits` or an existing folder.")
+    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if with_labels and not classes:
+        raise DataError(f"{root} has no class folders; this model needs one sub-folder of images per class.")
+    groups = [find_images(folder) for folder in classes] if with_labels else [find_images(root)]
+    images = read_images([path for group in groups for path in group], channels)
+    if tuple(images.shape[-2:]) != tuple(size):
+        raise DataError(f"{root} has images of {tuple(images.shape[-2:])} pixels; this model takes {tuple(size)}.")
+    labels = [index for index, group in enumerate(groups) for _ in group]
+    return RealImages(images, torch.tensor(labels) if with_labels else None)

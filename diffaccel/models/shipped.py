@@ -1,0 +1,26 @@
+"""The files that travel with the package, and their hashes. Importing this needs neither torch nor diffusers."""
+
+import json
+from pathlib import Path
+
+from ..core.errors import DataError
+from ..core.files import sha256_file
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def shipped_hashes(name: str) -> dict[str, str]:
+    """SHA-256 of the files of assets/NAME, by path below it."""
+    return json.loads((ASSETS / name / "SHA256.json").read_text())
+
+
+def check_shipped(name: str, below: str = "") -> None:
+    """Compare the shipped files of assets/NAME whose path starts with ``below`` with their hashes.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    for path, digest in shipped_hashes(name).items():
+        file = ASSETS / name / path
+        if path.startswith(below) and (not file.is_file() or sha256_file(file) != digest):
+            raise DataError(f"{file} is missing or damaged (its SHA-256 does not match); reinstall diffaccel.")

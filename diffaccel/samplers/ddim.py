@@ -1,0 +1,47 @@
+"""DDIM: the first-order sampler of every schedule, deterministic or stochastic."""
+
+import math
+
+from ..core.errors import UsageError
+from ..core.grids import Grid
+from .plan import Plan, Row
+
+
+def ddim_plan(levels: Grid, eta: float = 0.0) -> Plan:
+    """The plan of DDIM (Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models, eq. 12 and 16).
+
+    With noise-to-signal ratio rho = σ/α, one step to the level (α', σ') is
+
+        x' = α'·x0 + sqrt(σ'² − s²)·ε + s·z,     s = eta·σ'·sqrt(1 − (rho'/rho)²),
+
+    which for VP is the paper's variance and holds for VE and flow as well. It is written here in x and x0 alone, whose
+    coefficients stay bounded where α = 0 (start of a flow) and where σ' = 0 (clean end). On a flow with eta = 0 it is
+    Euler's method for the velocity.
+
+    Args:
+        levels: the grid to step on.
+        eta: 0 deterministic … 1 ancestral (DDPM).
+
+    Raises:
+        UsageError: eta outside [0, 1].
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise UsageError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral); got {eta!r}.")
+    rows = []
+    for i in range(levels.steps):
+        alpha, sigma = levels.alpha[i], levels.sigma[i]
+        next_alpha, next_sigma = levels.alpha[i + 1], levels.sigma[i + 1]
+        noise = eta * next_sigma * math.sqrt(1.0 - (levels.rho[i + 1] / levels.rho[i]) ** 2)
+        direction = math.sqrt(next_sigma**2 - noise**2) / sigma
+        rows.append(
+            Row(
+                t=levels.times[i],
+                alpha=alpha,
+                sigma=sigma,
+                quantity="sample",
+                states=(direction,),
+                outputs=(next_alpha - direction * alpha,),
+                noise=noise,
+            )
+        )
+    return Plan(tuple(rows), name=f"ddim(eta={eta:g})")

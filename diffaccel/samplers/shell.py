@@ -1,0 +1,246 @@
+"""`PlanScheduler`: executes plans inside the contract of diffusers' schedulers."""
+
+from collections.abc import Sequence
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..core.errors import UsageError
+from ..core.grids import Grid, Options, make_grid, shift_from_mu
+from ..core.prediction import coefficients
+from ..core.schedule import Flow, VPDiscrete, from_diffusers
+from .config import grid_name, translated, validate
+from .plan import Plan, Row, Run
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler whose step is one weighted sum given by a `Plan`.
+
+    Subclasses define `plan` and an ``__init__`` under `config.configured` that calls ``super().__init__()``. States
+    are in native scale: ``init_noise_sigma`` is 1 and `scale_model_input` changes nothing.
+
+    Attributes:
+        timesteps: (calls,) on the target device; int64 where all are whole numbers of a discrete table, else float32.
+        sigmas: (calls + 1,) float32 on the CPU; σ for flow, σ/α for VP, the end level included.
+        order: network calls per step.
+
+    Raises:
+        UsageError: a configuration value that does not exist.
+    """
+
+    _compatibles = [kind.name for kind in KarrasDiffusionSchedulers]  # noqa: RUF012 (name and type set by diffusers)
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self):
+        validate(self.config)
+        self.noise_schedule = from_diffusers({"num_train_timesteps": 1000, **self.config})
+        if isinstance(self.noise_schedule, VPDiscrete):
+            self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
+        self.num_inference_steps: int | None = None
+        self._grid: Grid | None = None
+        first, last = self.noise_schedule.t_max, self.noise_schedule.t_min
+        self._publish(torch.arange(first, last - 1, -1, dtype=torch.float64).tolist(), device=None)
+        self.sigmas = self._published_levels(*self.noise_schedule.level(self.timesteps))
+        self._reset()
+
+    def plan(self, grid: Grid) -> Plan:
+        """The coefficients for a grid; the one thing a sampler has to define."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """Build from the configuration of any diffusers scheduler for VP or flow models.
+
+        Raises:
+            UsageError: EDM schedulers, and settings that cannot be honoured.
+        """
+        if isinstance(config, dict):
+            config = translated(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls):
+        return [cls, *(getattr(diffusers, name) for name in cls._compatibles)]
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next call in `timesteps`; None before a run."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index that the run starts from, where a pipeline set one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at this index of `timesteps` (image to image), with no earlier outputs assumed."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the noise levels of a run and forget the last one.
+
+        Args:
+            num_inference_steps: number of steps N ≥ 1; optional with explicit timesteps or sigmas.
+            device: where `timesteps` goes.
+            timesteps: explicit native times, strictly decreasing.
+            sigmas: explicit levels, σ/α for VP and σ (before shifting) for flow; a last 0 is the end.
+            mu: resolution-dependent shift; used with ``use_dynamic_shifting`` and ignored otherwise.
+
+        Raises:
+            UsageError: unusable levels, or no mu where it is needed.
+        """
+        config = self.config
+        shift = config.shift if config.shift != 1.0 else config.flow_shift
+        if config.use_dynamic_shifting and isinstance(self.noise_schedule, Flow):
+            if mu is None:
+                raise UsageError("use_dynamic_shifting is on: pass mu to set_timesteps, or set it to False.")
+            shift = shift_from_mu(mu, config.time_shift_type)
+        self._grid = make_grid(
+            self.noise_schedule,
+            num_inference_steps,
+            grid_name(config),
+            end=self._end,
+            options=Options(steps_offset=config.steps_offset),
+            shift=shift,
+            shift_terminal=config.shift_terminal,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        self.num_inference_steps = self._grid.steps
+        plan = self.plan(self._grid)
+        self._publish([row.t for row in plan.rows], device)
+        levels = [(row.alpha, row.sigma) for row in plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
+        self.sigmas = self._published_levels(*torch.tensor(levels, dtype=torch.float64).T)
+        self._reset()
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        """Return the sample: states are in the network's own scale."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """Take the step that follows one network call.
+
+        Args:
+            model_output: (B, …) output of the network, any float dtype.
+            timestep: the entry of `timesteps` the network was called with; it only matters on the first call of a run,
+                after that calls are counted. After the last call the next one starts a new run.
+            sample: (B, …) the network's input.
+            generator: random numbers of plans that add noise, one or one per sample.
+            return_dict: return a SchedulerOutput, else a tuple.
+
+        Returns:
+            The next network input or the final sample, in the dtype of ``sample``; float16 and bfloat16 are computed
+            in float32.
+
+        Raises:
+            UsageError: no timesteps yet, shapes that differ, an integer timestep for a flow.
+        """
+        if self._grid is None:
+            raise UsageError("Call set_timesteps(num_inference_steps) before step.")
+        if model_output.shape != sample.shape:
+            raise UsageError(
+                f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must have one shape; "
+                "networks that also predict a variance need their output split first."
+            )
+        if self._step_index is None or self._step_index >= len(self.timesteps):
+            self._begin(self._begin_index if self._begin_index is not None else self._index_of(timestep))
+        dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
+        row, x = self._run.row, sample.to(dtype)
+        output = self._converted(row, x, model_output.to(dtype))
+        noise = None
+        if row.noise:
+            noise = randn_tensor(sample.shape, generator, sample.device, model_output.dtype).to(dtype)
+        result = self._run.advance(x, output, noise).to(sample.dtype)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """α(t)·original + σ(t)·noise for times (B,) or (1,), any times of the schedule, not only those of the run."""
+        alpha, sigma = self.noise_schedule.level(torch.as_tensor(timesteps, device="cpu").double().reshape(-1))
+        shape = (-1,) + (1,) * (original_samples.ndim - 1)
+        alpha, sigma = (value.reshape(shape).to(original_samples) for value in (alpha, sigma))
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` with the argument order of diffusers' flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    @property
+    def _end(self) -> str:
+        return self.config.final_sigmas_type
+
+    def _reset(self) -> None:
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._run: Run | None = None
+
+    def _begin(self, index: int) -> None:
+        """Start a run at an index; a multistep rule warms up there, since nothing earlier was evaluated."""
+        if not 0 <= index < len(self.timesteps) or index % self.order:
+            raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)} ({self.order} per step).")
+        self._step_index = index
+        self._run = Run(self.plan(self._grid.tail(index // self.order)))
+
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)
+        if whole and isinstance(self.noise_schedule, Flow):
+            raise UsageError(f"Flow timesteps are floats: pass an entry of scheduler.timesteps, not {timestep}.")
+        own = self.timesteps.untyped_storage().data_ptr()
+        if isinstance(timestep, torch.Tensor) and timestep.untyped_storage().data_ptr() == own:
+            return timestep.storage_offset()  # an entry of our own tensor: no need to read it back from the device
+        return min(range(len(self._times)), key=lambda index: abs(self._times[index] - float(timestep)))
+
+    def _converted(self, row: Row, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        source = self.config.prediction_type
+        if self.config.clip_sample or self.config.thresholding:
+            output, source = self._clipped(_convert(row, x, output, source, "sample")), "sample"
+        return _convert(row, x, output, source, row.quantity)
+
+    def _clipped(self, x0: torch.Tensor) -> torch.Tensor:
+        if not self.config.thresholding:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        bound = torch.quantile(x0.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
+        bound = bound.clamp(1.0, max(self.config.sample_max_value, 1.0)).reshape((-1,) + (1,) * (x0.ndim - 1))
+        return x0.clamp(-bound, bound) / bound
+
+    def _publish(self, times: list[float], device) -> None:
+        self._times = times
+        whole = isinstance(self.noise_schedule, VPDiscrete) and all(time == round(time) for time in times)
+        self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float32).to(device)
+
+    def _published_levels(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (sigma if isinstance(self.noise_schedule, Flow) else sigma / alpha).float()
+
+
+def _convert(row: Row, x: torch.Tensor, output: torch.Tensor, source: str, target: str) -> torch.Tensor:
+    if source == target:
+        return output
+    try:
+        of_x, of_output = coefficients(source, target, row.alpha, row.sigma)
+    except ZeroDivisionError:
+        raise UsageError(
+            f"A network that predicts {source!r} says nothing about x0 at t = {row.t:g}, where alpha is 0; "
+            "its prediction_type must be 'sample', 'v_prediction' or 'flow_prediction'."
+        ) from None
+    return (output * of_output).add_(x, alpha=of_x)

@@ -1,0 +1,78 @@
+"""Settings of the training loop; every field is a key of a recipe's ``trainer`` group and of `--set trainer.…`."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..core.errors import UsageError, unknown
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW for one role. The learning rate is a pure function of the training step, so resuming needs no scheduler.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: AdamW moment decays; beta1 = 0 is usual where a critic moves the target.
+        weight_decay: decoupled weight decay.
+        warmup: training steps of linear warm-up.
+        final_lr_fraction: the cosine ends at this fraction of ``lr``; 1 keeps it constant.
+        clip: largest gradient norm of the role.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    final_lr_fraction: float = 1.0
+    clip: float = 1.0
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of training step ``step`` (0-based) of ``steps``."""
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        cosine = 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        return self.lr * ramp * (self.final_lr_fraction + (1.0 - self.final_lr_fraction) * cosine)
+
+
+@dataclass
+class TrainerConfig:
+    """Attributes:
+    steps: training steps (updates of the main role).
+    batch_size: samples per update over all processes and micro-batches.
+    micro_batches: gradient accumulation: parts that each process splits its share of a batch into.
+    seed: of everything random.
+    ema: decay of the moving average of the main role.
+    optimizers: settings by role name.
+    log_every, sample_every, checkpoint_every: intervals in training steps; 0 for sample/checkpoint means only at the end.
+    keep: number of checkpoints kept.
+    device: "auto", "cpu", "cuda" or "mps".
+    precision: "no" (float32) or "bf16" (autocast).
+    threads: CPU threads; 0 leaves torch's default. More than one only pays where nothing else runs.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    micro_batches: int = 1
+    seed: int = 0
+    ema: float = 0.99
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+    log_every: int = 10
+    sample_every: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+    device: str = "auto"
+    precision: str = "no"
+    threads: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"trainer.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("sample_every", "checkpoint_every", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"trainer.{name} must not be negative, got {getattr(self, name)}.")
+        if not 0.0 <= self.ema < 1.0:
+            raise UsageError(f"trainer.ema must be in [0, 1), got {self.ema}.")
+        if self.precision not in ("no", "bf16"):
+            raise unknown("trainer.precision", self.precision, ("no", "bf16"))
+        if self.device not in ("auto", "cpu", "cuda", "mps"):
+            raise unknown("trainer.device", self.device, ("auto", "cpu", "cuda", "mps"))

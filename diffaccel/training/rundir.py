@@ -1,0 +1,115 @@
+"""The folder of one run: configuration, metrics, pictures, checkpoints, result."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..core.config import differences
+from ..core.errors import UsageError
+from ..core.files import write_atomic
+from ..core.versions import library_versions
+
+
+class RunDirectory:
+    """Layout: config.yaml, run.json, metrics.jsonl, samples/, checkpoints/step-XXXXXXXX/, final/.
+
+    Args:
+        path: the folder.
+        config: resolved settings of the run.
+        resume: continue a run that is there; otherwise the folder must be empty or new.
+
+    Raises:
+        UsageError: the folder is not empty (without resume), holds no run or other settings (with resume), cannot be
+            written, or another live process is using it.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], resume: bool = False):
+        self.path = Path(path)
+        self.config = config
+        check_output(self.path, resume)
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise UsageError(f"Cannot write to {self.path}: {error.strerror}.") from None
+        if resume:
+            stored = yaml.safe_load((self.path / "config.yaml").read_text())
+            changed = differences(stored, config)
+            if changed:
+                raise UsageError(
+                    f"{self.path} was started with other settings ({'; '.join(changed)}). "
+                    "Resume without them, or start a new run in another folder."
+                )
+        else:
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
+        write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        self._metrics = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def picture(self, step: int) -> Path:
+        """Path of the sample grid at a step."""
+        return self.path / "samples" / f"step-{step:06d}.png"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics logged after ``step`` completed steps; a resumed run logs them again."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the process died while writing this line
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomic(file, "".join(kept))
+
+    def close(self) -> None:
+        """Close files and release the folder."""
+        if self._metrics is not None:
+            self._metrics.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        lock = self.path / ".lock"
+        if lock.exists():
+            owner = lock.read_text().strip()
+            if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+                raise UsageError(f"{self.path} is in use by process {owner}.")
+        lock.write_text(str(os.getpid()))
+
+
+def check_output(path: Path, resume: bool) -> None:
+    """Refuse an output folder that would be overwritten, or a resume of nothing."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; give a folder.")
+    if resume and not (path / "config.yaml").is_file():
+        raise UsageError(f"{path} holds no run to resume (no config.yaml).")
+    if not resume and path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} is not empty. Add --resume to continue the run in it, or give another --output.")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

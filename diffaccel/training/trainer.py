@@ -1,0 +1,223 @@
+"""The one training loop: phases, accumulation, clipping, moving average, checkpoints, resume, pictures, metrics."""
+
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..core.errors import NumericalError, UsageError
+from ..core.files import atomic_directory
+from ..core.images import save_grid, to_uint8
+from ..core.rng import KeyedRandom
+from .checkpoint import (
+    latest_checkpoint,
+    load_module,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_tensors,
+    save_checkpoint,
+)
+from .config import OptimizerConfig, TrainerConfig
+from .ema import EMA
+from .method import Draw, Method, Phase
+from .rundir import RunDirectory
+from .signals import SignalGuard
+
+
+class Trainer:
+    """Trains the roles of a method inside a run directory.
+
+    A run that was killed at any moment and resumed ends with bit-identical weights: all randomness is keyed by step
+    and sample index, learning rates are functions of the step, and checkpoints appear by one rename.
+
+    Args:
+        method: roles, phases and losses.
+        config: settings of the loop.
+        run: where everything is written.
+        evaluator: called with the moving average whenever a picture is drawn; its scalars are logged.
+        progress: show a progress bar when stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: TrainerConfig,
+        run: RunDirectory,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+        progress: bool = True,
+    ):
+        from accelerate import Accelerator
+
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+        parts = self.accelerator.num_processes * config.micro_batches
+        if config.batch_size % parts:
+            raise UsageError(
+                f"trainer.batch_size {config.batch_size} is not a multiple of processes × micro_batches = {parts}."
+            )
+        self.method, self.config, self.run, self.progress = method, config, run, progress
+        self.evaluator = evaluator
+        self.random = KeyedRandom(config.seed)
+        device = self.accelerator.device
+        method.to(device)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, module in method.roles.items():
+            module.to(device).train()
+            settings = self._settings(name)
+            self.optimizers[name] = torch.optim.AdamW(
+                module.parameters(), settings.lr, tuple(settings.betas), weight_decay=settings.weight_decay, fused=True
+            )
+        self.ema = EMA(method.roles[method.main_role], config.ema)
+        self.step = 0
+        self._sums: dict[str, list[float | torch.Tensor]] = defaultdict(list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The moving average of the main role: what is sampled and exported."""
+        return self.ema.module
+
+    def restore(self) -> int:
+        """Load the newest intact checkpoint of the run, if there is one; return the number of steps done."""
+        found = latest_checkpoint(self.run.checkpoints, lambda text: print(text, file=sys.stderr))
+        if found is not None:
+            path, record = found
+            for name, module in self.method.roles.items():
+                load_module(module, read_tensors(path, name), f"{path.name}/{name}")
+                load_optimizer_tensors(self.optimizers[name], read_tensors(path, f"{name}.optimizer"))
+            load_module(self.model, read_tensors(path, "ema"), f"{path.name}/ema")
+            self.method.load_extra_state(read_tensors(path, "method"))
+            self.step = record["step"]
+        self.run.rewind(self.step)
+        return self.step
+
+    def fit(self) -> None:
+        """Train to the last step, then export the moving average to final/.
+
+        Raises:
+            NumericalError: a loss or gradient is not finite; raised before any weight is touched by it.
+            InterruptedRun: Ctrl-C or SIGTERM; the state was saved.
+        """
+        config = self.config
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.progress else True)
+        started = time.monotonic()
+        with SignalGuard() as guard, bar:
+            if self.step == 0:
+                self._picture()
+            while self.step < config.steps:
+                self._train_step()
+                self.step += 1
+                bar.update()
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    self._log(bar, time.monotonic() - started)
+                if last or (config.sample_every and self.step % config.sample_every == 0):
+                    self._picture()
+                if last or guard.received or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                    self.save()
+                if guard.received and not last:
+                    guard.stop(f"Stopped and saved at step {self.step} of {config.steps}; continue with --resume.")
+            self._export()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"ema": self.model.state_dict(), "method": self.method.extra_state()}
+        for name, module in self.method.roles.items():
+            tensors[name] = module.state_dict()
+            tensors[f"{name}.optimizer"] = optimizer_tensors(self.optimizers[name])
+        save_checkpoint(self.run.checkpoints, self.step, tensors, {"roles": list(self.method.roles)}, self.config.keep)
+
+    def _settings(self, role: str) -> OptimizerConfig:
+        return self.config.optimizers.get(role, OptimizerConfig())
+
+    def _train_step(self) -> None:
+        for phase in self.method.phases(self.step):
+            for repeat in range(phase.repeats):
+                self._update(phase, repeat)
+                self.method.end_phase(phase, self.accelerator.reduce)
+        self.ema.update(self.method.roles[self.method.main_role], self.step)
+
+    def _update(self, phase: Phase, repeat: int) -> None:
+        for name, module in self.method.roles.items():
+            module.requires_grad_(name in phase.trains)
+        for draw in self._draws(phase, repeat):
+            with self.accelerator.autocast():
+                loss = self.method.loss(phase, draw)
+            value = float(loss.total.detach())
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"The {phase.name} loss is {value} at step {self.step}; no weight was changed by it. "
+                    f"Checkpoints up to here are kept in {self.run.checkpoints}. A lower learning rate usually helps."
+                )
+            self.accelerator.backward(loss.total / self.config.micro_batches)
+            self._sums[f"{phase.name}/loss"].append(value)
+            for key, metric in loss.metrics.items():
+                self._sums[f"{phase.name}/{key}"].append(metric)
+        for name in phase.trains:
+            self._apply(name, phase)
+
+    def _apply(self, role: str, phase: Phase) -> None:
+        settings, optimizer = self._settings(role), self.optimizers[role]
+        parameters = [p for p in self.method.roles[role].parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+        if not math.isfinite(norm):
+            raise NumericalError(
+                f"The gradient of {role} is not finite in the {phase.name} update of step {self.step}; "
+                f"no weight was changed by it. Checkpoints up to here are kept in {self.run.checkpoints}."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(self.step, self.config.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        self._sums[f"{phase.name}/grad_norm_{role}"].append(norm)
+
+    def _draws(self, phase: Phase, repeat: int):
+        """The micro-batches of this process, as keyed random numbers."""
+        config, accelerator = self.config, self.accelerator
+        parts = accelerator.num_processes * config.micro_batches
+        count = config.batch_size // parts
+        first = accelerator.process_index * config.micro_batches
+        for part in range(first, first + config.micro_batches):
+            yield Draw(
+                random=self.random,
+                stream=f"{phase.name}/{repeat}",
+                step=self.step,
+                start=part * count,
+                count=count,
+                batch_size=config.batch_size,
+                device=accelerator.device,
+            )
+
+    def _log(self, bar: tqdm, seconds: float) -> None:
+        means = {key: float(sum(values) / len(values)) for key, values in self._sums.items()}
+        self._sums.clear()
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.step, **means, "seconds": round(seconds, 2)})
+        bar.set_postfix({key: f"{value:.3g}" for key, value in means.items() if key.endswith("/loss")})
+
+    @torch.no_grad()
+    def _picture(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        images = self.method.samples(self.model, self.random)
+        if images is not None:
+            save_grid(to_uint8(images), self.run.picture(self.step), scale=max(1, 40 // images.shape[-1]))
+        values = self.method.validate(self.model) | (self.evaluator(self.model) if self.evaluator else {})
+        if values:
+            self.run.log({"step": self.step, **{f"validation/{key}": value for key, value in values.items()}})
+
+    def _export(self) -> None:
+        final = self.run.path / "final"
+        if self.accelerator.is_main_process and not final.exists():
+            with atomic_directory(final) as temporary:
+                self.method.export(self.model, temporary)
