@@ -98,7 +98,7 @@ def _validator(method, reference: str):
 
     from ..core.images import to_uint8
     from ..core.rng import KeyedRandom
-    from ..evaluate.fid import Monitor
+    from ..evaluate.monitor import Monitor
 
     monitor = Monitor(reference)
     classes = method.teacher.num_classes

@@ -141,7 +141,7 @@ GRIDS = {
         GridKind("trailing", "uniform in t, the first call at pure noise; best at few steps", _LIN, _trailing),
         GridKind("leading", "uniform in t from the clean end, never reaches pure noise", _LIN, _leading),
         GridKind("linspace", "uniform in t with a call at both ends of the table", _LIN, _linspace),
-        GridKind("quadratic", "uniform in t^(1/kappa), kappa = 2", "Zhang & Chen 2023 (DEIS), eq. 42", _quadratic),
+        GridKind("quadratic", "uniform in t^(1/kappa), kappa = 2", "Zhang & Chen 2023 (DEIS)", _quadratic),
         GridKind("karras", "uniform in rho^(1/7) (flow: sigma^(1/7))", "Karras et al. 2022 (EDM), eq. 5", _karras),
         GridKind("log-snr", "uniform in the logarithm of rho", "Lu et al. 2022 (DPM-Solver)", _log_snr),
     )

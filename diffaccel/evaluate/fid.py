@@ -9,6 +9,7 @@ from .sources import DEFAULT_NUM, Generation, ImageSource, StatisticsSource, res
 from .statistics import Statistics, check_features, load_statistics, save_statistics
 
 _EXTRACTION_BATCH = 256
+_EXACT_FROM = 10_000  # images from which a statistics file may pass for exact without a word
 
 
 def evaluate_fid(
@@ -153,6 +154,8 @@ def _cautions(counts: dict, details: dict, dim: int, same: bool) -> list[str]:
             )
         if count is not None and count < 2 * GROUPS and "digest" in details[key]:
             found.append(f"no interval: the jackknife needs at least {2 * GROUPS} {key} images")
+        if details[key]["kind"] == "statistics" and count is not None and count < _EXACT_FROM:
+            found.append(f"the statistics of {count} {key} images count as exact: their own error is ignored")
         skipped = len(details[key].get("skipped", ()))
         if skipped:
             found.append(f"{skipped} {key} file(s) could not be used and were left out")

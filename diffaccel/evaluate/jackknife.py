@@ -48,8 +48,8 @@ class GroupedMoments:
         """Add features (n, d) in sample order; returns self.
 
         Args:
-            labels: (n,) classes of a sample whose class proportions were fixed (labels in turn, a stratified split). None
-                means independent draws. Without them a fixed mix passes for a random one: too much bias is removed.
+            labels: (n,) classes of a sample whose class proportions were fixed (labels in turn, a stratified split).
+                None means independent draws; a fixed mix without labels has too much bias removed.
         """
         labels = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
         self._features.append(features.detach().cpu())

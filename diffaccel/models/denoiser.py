@@ -90,7 +90,9 @@ class NetworkDenoiser(Denoiser):
         features: list[torch.Tensor] = []
 
         def keep(_module, _inputs, output):
-            features.append((output[0] if isinstance(output, tuple) else output).float())
+            # Contiguous: attention blocks return channels-last strides, on which torch 2.13's CPU group norm crashes in
+            # its backward pass.
+            features.append((output[0] if isinstance(output, tuple) else output).float().contiguous())
 
         hooks = [module.register_forward_hook(keep) for module in self.feature_modules()]
         try:

@@ -61,9 +61,9 @@ def adams_bashforth_weights(levels: Grid, step: int, degree: int, variable: str)
         degree = 0
     nodes = [_coordinate(levels, j, variable) for j in range(step, step - degree - 1, -1)]
     nodes = [z for z in nodes if math.isfinite(z)]
-    points, measure = _quadrature(levels, rho[step], rho[step + 1], variable)
     if len(nodes) == 1:
         return [rho[step + 1] - rho[step]]
+    points, measure = _quadrature(levels, rho[step], rho[step + 1], variable)
     z = _variable_of_rho(levels, points, variable)
     weights = []
     for j, own in enumerate(nodes):

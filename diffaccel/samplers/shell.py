@@ -121,9 +121,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sigmas=sigmas,
         )
         self.num_inference_steps = self._grid.steps
-        plan = self.plan(self._grid)
-        self._publish([row.t for row in plan.rows], device)
-        levels = [(row.alpha, row.sigma) for row in plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
+        self._plan = self.plan(self._grid)
+        self._publish([row.t for row in self._plan.rows], device)
+        levels = [(row.alpha, row.sigma) for row in self._plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
         self.sigmas = self._published_levels(*torch.tensor(levels, dtype=torch.float64).T)
         self._reset()
 
@@ -169,8 +169,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         row, x = self._run.row, sample.to(dtype)
         output = self._converted(row, x, model_output.to(dtype))
         noise = None
-        if row.noise:
-            noise = randn_tensor(sample.shape, generator, sample.device, model_output.dtype).to(dtype)
+        if row.noise:  # drawn in float32, so that a seed means the same noise in every precision
+            noise = randn_tensor(sample.shape, generator, sample.device, torch.float32).to(dtype)
         result = self._run.advance(x, output, noise).to(sample.dtype)
         self._step_index += 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
@@ -200,7 +200,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= index < len(self.timesteps) or index % self.order:
             raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)} ({self.order} per step).")
         self._step_index = index
-        self._run = Run(self.plan(self._grid.tail(index // self.order)))
+        self._run = Run(self._plan if index == 0 else self.plan(self._grid.tail(index // self.order)))
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)

@@ -19,7 +19,7 @@ def reference_solution(
     """Integrate from noise-to-signal ratio ``start_rho`` (may be infinite) to ``stop_rho`` (may be 0).
 
     With φ = arctan ρ and u = x/r, r² = α² + σ², the equation du/dφ = cosφ·ε − sinφ·x0 is regular at both ends
-    (Salimans & Ho 2022, appendix D); it is solved by classical Runge–Kutta, uniformly in log tan(φ/2) where both ends
+    (the angle of Salimans & Ho 2022); it is solved by classical Runge–Kutta, uniformly in log tan(φ/2) where both ends
     are finite and in φ otherwise.
 
     Args:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -69,7 +68,7 @@ def check_grids(make: Callable) -> None:
             assert (
                 bool(torch.isfinite(scheduler.sigmas).all()) and len(scheduler.sigmas) == len(scheduler.timesteps) + 1
             )
-            assert len(scheduler.timesteps) == math.ceil(steps * scheduler.order), f"{message}: wrong number of calls"
+            assert len(scheduler.timesteps) == steps * scheduler.order, f"{message}: wrong number of calls"
 
 
 def check_step(make: Callable) -> None:

@@ -28,7 +28,7 @@ def test_moments():
     assert abs(float(normal.mean())) < 0.02 and abs(float(normal.var()) - 1) < 0.03
     assert abs(float((normal**4).mean()) - 3) < 0.15
     uniform = random.uniform("x", 0, 0, 40000)
-    assert 0 <= float(uniform.min()) and float(uniform.max()) < 1 and abs(float(uniform.mean()) - 0.5) < 0.01
+    assert float(uniform.min()) >= 0 and float(uniform.max()) < 1 and abs(float(uniform.mean()) - 0.5) < 0.01
 
 
 def test_integers_and_permutation():

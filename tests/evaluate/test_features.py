@@ -105,10 +105,8 @@ def _corruptions():
     yield "brightness", [(clean + 255 * level).clamp(0, 255).byte() for level in (0, 0.2, 0.4, 0.8)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "levels"), list(_corruptions()), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("kind", ["noise", "blur", "brightness"])
 @pytest.mark.parametrize("name", ["digits64", "random-conv"])
-def test_distance_grows_with_the_strength_of_a_corruption(name, kind, levels):
-    values = [evaluate_fid(images, "digits", name).value for images in levels]
+def test_distance_grows_with_the_strength_of_a_corruption(name, kind):
+    values = [evaluate_fid(images, "digits", name).value for images in dict(_corruptions())[kind]]
     assert values == sorted(values) and values[-1] > 5 * values[0]

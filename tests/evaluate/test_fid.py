@@ -44,6 +44,7 @@ def test_statistics_stand_in_for_their_images(tmp_path):
     # Units that never fire make the covariances singular, where square roots keep half of the digits.
     assert from_file.value == pytest.approx(evaluate_fid("digits:heldout", "digits").value, rel=1e-6)
     assert from_file.n_real == moments.count and from_file.ci95 is not None
+    assert any("count as exact" in warning for warning in from_file.warnings)
     both = evaluate_fid(tmp_path / "ref.npz", tmp_path / "ref.npz")
     assert both.value < 1e-6 and both.ci95 is None
 

@@ -71,13 +71,13 @@ def test_result_does_not_depend_on_the_batch_size():
 def _strata(n, seed):
     """A stratified sample of a mixture: classes in turn, far apart, with standard normal values within."""
     labels = torch.arange(n) % 5
-    centres = 3.0 * torch.eye(5, D, dtype=torch.float64)
+    centres = 10.0 * torch.eye(5, D, dtype=torch.float64)
     noise = torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return centres[labels] + noise, labels
 
 
 def test_fixed_class_proportions_need_labels():
-    centres = 3.0 * torch.eye(5, D, dtype=torch.float64)
+    centres = 10.0 * torch.eye(5, D, dtype=torch.float64)
     truth = Gaussian(centres.mean(0), torch.eye(D, dtype=torch.float64) + torch.cov(centres.T, correction=0))
     samples = [_strata(250, seed) for seed in range(100)]
     told = [estimate(GroupedMoments(D).update(x, labels), truth) for x, labels in samples]

@@ -131,16 +131,9 @@ def model_folder(tmp_path_factory):
     from diffaccel.models.pipeline import ClassConditionalPipeline
 
     torch.manual_seed(0)
+    size = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=4,
-        **blocks,
-    )
+    net = UNet2DModel(num_class_embeds=4, **size, **blocks)
     folder = tmp_path_factory.mktemp("model")
     ClassConditionalPipeline(net, DDIMScheduler(), num_inference_steps=3).save_pretrained(folder)
     return folder

@@ -28,7 +28,7 @@ def test_ancestral_sampling_of_a_gaussian_reaches_its_spread(schedule):
     teacher = GaussianTeacher([1.0, -2.0], [0.5, 0.2], schedule)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 2, dtype=torch.float64, generator=generator)
-    plan = ddim_plan(make_grid(schedule, 100), eta=1.0)
+    plan = ddim_plan(make_grid(schedule, 150, "quadratic"), eta=1.0)
     draws = sample(teacher, x, plan, noise=lambda _, shape: torch.randn(shape, generator=generator))
     torch.testing.assert_close(draws.mean(0), teacher.means[0], rtol=0.03, atol=0.03)
     torch.testing.assert_close(draws.std(0), torch.tensor([0.5, 0.2], dtype=torch.float64), rtol=0.08, atol=0)
