@@ -22,7 +22,7 @@ _PUBLIC = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
-__all__ = [name for name in _PUBLIC if name not in ("ModelMixin", "SchedulerMixin")]  # noqa: PLE0604
+__all__ = [name for name in _PUBLIC if name not in ("ModelMixin", "SchedulerMixin")]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,6 @@
 """Copy finished runs of the recipes into the package and renew the hashes.
 
-    python tools/ship_digits.py --teacher runs/teacher/final --classifier runs/features/final
+python tools/ship_digits.py --teacher runs/teacher/final --classifier runs/features/final
 """
 
 import argparse
@@ -23,8 +23,12 @@ def main() -> None:
     if arguments.teacher:
         shutil.rmtree(ASSETS / "teacher", ignore_errors=True)
         shutil.copytree(arguments.teacher, ASSETS / "teacher", ignore=shutil.ignore_patterns("manifest.json"))
-    files = sorted(p for p in ASSETS.rglob("*") if p.suffix in (".npz", ".safetensors") or p.name.endswith("config.json"))
-    hashes = {path.relative_to(ASSETS).as_posix(): sha256_file(path) for path in [*files, ASSETS / "teacher/model_index.json"]}
+    files = sorted(
+        p for p in ASSETS.rglob("*") if p.suffix in (".npz", ".safetensors") or p.name.endswith("config.json")
+    )
+    hashes = {
+        path.relative_to(ASSETS).as_posix(): sha256_file(path) for path in [*files, ASSETS / "teacher/model_index.json"]
+    }
     (ASSETS / "SHA256.json").write_text(json.dumps(hashes, indent=1) + "\n")
     print(f"{ASSETS}: {len(hashes)} files, {sum((ASSETS / name).stat().st_size for name in hashes)} bytes")
 

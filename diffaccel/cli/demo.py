@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from .output import note, quiet_libraries, table
+from ..core.config import merge
+from .output import note, table
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo; continued if it exists.")] = Path("demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo; continued if it exists.")] = Path(
+        "demo"
+    ),
     method: Annotated[str | None, typer.Option(help="dmd or f-distill; default: the recommended one.")] = None,
     num: Annotated[int, typer.Option(min=100, help="Images measured per model.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of training and samples.")] = 0,
@@ -22,25 +25,20 @@ def demo(
     """
     from ..core.files import write_atomic
     from ..core.versions import library_versions
-    from .distill import distill
+    from ..distill.run import resolve_distillation
+    from ..training.launch import stored_settings
+    from .distill import execute
 
-    quiet_libraries()
     run = output / "run"
-    distill(
-        teacher="digits",
-        method=method,
-        output=run,
-        seed=seed,
-        resume=(run / "config.yaml").is_file(),
-        quiet=quiet,
-        hints=False,
-    )
+    resume = (run / "config.yaml").is_file()
+    wanted = {"teacher": "digits", "trainer": {"seed": seed}} | ({"method": {"name": method}} if method else {})
+    settings = resolve_distillation(merge(stored_settings(run), wanted) if resume else wanted)
+    final = execute(settings, run, resume, quiet)
     from ..evaluate.comparison import HEADER, Contender, compare_digits, gain, save_overview
     from ..evaluate.page import write_page
 
     if not quiet:
         note(f"Measuring {num} images of each model")
-    final = run / "final"
     contenders = [
         Contender("teacher, 50 steps", "digits", steps=50),
         Contender("teacher, 1 step", "digits", steps=1),
@@ -60,7 +58,13 @@ def demo(
         "diffaccel distill --teacher digits --method dmd",
         "diffaccel list methods",
     ]
-    facts = {"gain": recovered, "num": num, "seed": seed, "versions": library_versions(), "features": rows[0].report.features}
+    facts = {
+        "gain": recovered,
+        "num": num,
+        "seed": seed,
+        "versions": library_versions(),
+        "features": rows[0].report.features,
+    }
     content = {**facts, "rows": [row.to_dict() for row in rows]}
     write_atomic(output / "report.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     save_overview(rows, output / "overview.png")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.config import merge
+from ..core.errors import UsageError
 from . import options
 from .output import note, quiet_libraries, run_folder
 
@@ -15,7 +16,9 @@ _VALIDATION_SAMPLES = 500
 
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Name in `diffaccel list teachers`, or a model folder.")] = None,
-    method: Annotated[str | None, typer.Option(help="dmd or f-distill; default: the teacher's recommended one.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="dmd or f-distill; default: the teacher's recommended one.")
+    ] = None,
     divergence: Annotated[str | None, typer.Option(help="f-distill only; see `diffaccel list divergences`.")] = None,
     data: Annotated[str | None, typer.Option(help="Real images for a discriminator: `digits` or a folder.")] = None,
     output: options.Output = None,
@@ -48,31 +51,26 @@ def distill(
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
     from ..distill.run import build_method, resolve_distillation
-    from ..training.launch import launch, stored_settings
-    from ..training.recipes import complete
+    from ..training.launch import stored_settings
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
-    chosen = {"name": method, "divergence": divergence}
+    if divergence is not None and method not in (None, "f-distill"):
+        raise UsageError(f"--divergence belongs to f-distill, not to {method!r}; use --method f-distill.")
+    chosen = {"name": method or (divergence and "f-distill"), "divergence": divergence}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     given = {"teacher": teacher, "data": data, "method": chosen or None}
     flags |= {key: value for key, value in given.items() if value is not None}
     if resume:
         flags = merge(stored_settings(output), flags)
     run_config = resolve_distillation(flags, config, settings)
-    quiet_libraries()
-    built = build_method(run_config)
-    resolved = complete(run_config, list(built.roles))
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
     if dry_run:
-        _print_plan(built, resolved, folder)
+        quiet_libraries()
+        _print_plan(build_method(run_config), run_config, folder)
         return
-    if not quiet:
-        name = run_config.method["name"]
-        note(f"Distilling {run_config.teacher!r} with {name} for {run_config.trainer.steps} steps in {folder}")
-    reference = _reference(run_config)
-    evaluator = _validator(built, reference) if reference else None
-    final = launch(built, run_config, folder, resume, evaluator, progress=not quiet)
+    final = execute(run_config, folder, resume, quiet)
     typer.echo(f"Finished: {final}, one network evaluation per image")
+    reference = _reference(run_config)
     if reference:
         from ..core.files import write_atomic
         from ..evaluate.fid import evaluate_fid
@@ -82,6 +80,21 @@ def distill(
         typer.echo(str(report))
     if not quiet:
         note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
+
+
+def execute(run_config, folder: Path, resume: bool, quiet: bool) -> Path:
+    """Train a resolved run in ``folder`` and return its final/ folder."""
+    from ..distill.run import build_method
+    from ..training.launch import launch
+
+    quiet_libraries()
+    method = build_method(run_config)
+    if not quiet:
+        name = run_config.method["name"]
+        note(f"Distilling {run_config.teacher!r} with {name} for {run_config.trainer.steps} steps in {folder}")
+    reference = _reference(run_config)
+    evaluator = _validator(method, reference) if reference else None
+    return launch(method, run_config, folder, resume, evaluator, progress=not quiet)
 
 
 def _reference(run_config) -> str | None:
@@ -119,9 +132,12 @@ def _validator(method, reference: str):
     return evaluate
 
 
-def _print_plan(method, resolved: dict, folder: Path) -> None:
+def _print_plan(method, run_config, folder: Path) -> None:
     import yaml
 
+    from ..training.recipes import complete
+
+    resolved = complete(run_config, list(method.roles))
     trainer = resolved["trainer"]
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in method.roles.items()}
     frozen = sum(p.numel() for p in method.teacher.parameters())
@@ -130,5 +146,7 @@ def _print_plan(method, resolved: dict, folder: Path) -> None:
     typer.echo(f"# Plan: {resolved['method']['name']} on teacher {resolved['teacher']}, run folder {folder}")
     typer.echo(f"# teacher {frozen:,} parameters (frozen); " + ", ".join(f"{k} {v:,}" for k, v in parameters.items()))
     typer.echo(f"# weights, gradients, optimisers and average: {memory / 2**20:,.1f} MiB, plus activations")
-    typer.echo(f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved.get('data', 'none needed')}")
-    typer.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)
+    typer.echo(
+        f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved.get('data', 'none needed')}"
+    )
+    typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False)

@@ -9,7 +9,17 @@ import typer
 
 from ..core.versions import library_versions
 
-_PACKAGES = ("diffaccel", "torch", "diffusers", "transformers", "accelerate", "torchmetrics", "xformers", "numpy", "pillow")
+_PACKAGES = (
+    "diffaccel",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "torchmetrics",
+    "xformers",
+    "numpy",
+    "pillow",
+)
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False):

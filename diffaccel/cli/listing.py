@@ -13,7 +13,9 @@ from .output import table
 def _samplers():
     from ..samplers.registry import SAMPLERS
 
-    return [{"name": s.name, "nfe/step": s.nfe_per_step, "what": s.summary, "paper": s.paper} for s in SAMPLERS.values()]
+    return [
+        {"name": s.name, "nfe/step": s.nfe_per_step, "what": s.summary, "paper": s.paper} for s in SAMPLERS.values()
+    ]
 
 
 def _methods():
@@ -28,7 +30,15 @@ def _teachers():
     rows = []
     for info in map(asdict, TEACHERS.values()):
         where = info["repository"] or "embedded"
-        rows.append({"name": info["name"], "what": info["summary"], "size": info["size"], "from": where, "licence": info["licence"]})
+        rows.append(
+            {
+                "name": info["name"],
+                "what": info["summary"],
+                "size": info["size"],
+                "from": where,
+                "licence": info["licence"],
+            }
+        )
     return rows
 
 

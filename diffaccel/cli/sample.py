@@ -13,15 +13,25 @@ from .output import note, quiet_libraries
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="Teacher name, or a model folder such as RUN/final.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Teacher name, or a model folder such as RUN/final.", show_default=False)
+    ],
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's own.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="See `diffaccel list samplers`; default: the model's own.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="See `diffaccel list samplers`; default: the model's own.")
+    ] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 100,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and on i only.")] = 0,
-    classes: Annotated[str | None, typer.Option(help="Classes to draw in turn, such as 3 or 1,4,7; default all.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; other values than 1 double the NFE.")] = 1.0,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes to draw in turn, such as 3 or 1,4,7; default all.")
+    ] = None,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance; other values than 1 double the NFE.")
+    ] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Images per network call; does not change them.")] = 256,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one PNG per image.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for one PNG per image.", show_default=False)
+    ] = None,
     grid: Annotated[Path | None, typer.Option(help="One PNG with all images, ten a row.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default CUDA where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
@@ -35,7 +45,7 @@ def sample(
     - `diffaccel sample runs/my-run/final --num 1000 --output samples/`
 
     - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
-    """  # noqa: E501
+    """
     if output is None and grid is None:
         raise UsageError("Say where the images go: --output FOLDER for single files, --grid FILE for one sheet.")
     if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
@@ -75,7 +85,7 @@ def sample(
     if grid is not None:
         grid.parent.mkdir(parents=True, exist_ok=True)
         images = torch.cat(sheet)
-        save_grid(images, grid, scale=max(1, 40 // images.shape[-1]))
+        save_grid(images, grid)
     result = {"images": written, "seconds": round(time.monotonic() - started, 2)}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
     if as_json:

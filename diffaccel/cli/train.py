@@ -47,16 +47,19 @@ def train(
     if dry_run:
         import yaml
 
-        typer.echo(yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False), nl=False)
+        typer.echo(
+            yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False, allow_unicode=True), nl=False
+        )
         return
     if not quiet:
         note(f"Training {recipe!r} for {run_config.trainer.steps} steps in {folder}")
     final = launch(method, run_config, folder, resume, progress=not quiet)
     typer.echo(f"Finished: {final}")
     if (final / "model_index.json").is_file():
+        import json
+
         from ..core.files import write_atomic
         from ..evaluate.fid import evaluate_fid
-        import json
 
         report = evaluate_fid(final, "digits", num=1000, progress=not quiet)
         write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")

@@ -121,7 +121,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}.") from None
+        raise UsageError(
+            f"Cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}."
+        ) from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""

@@ -209,21 +209,21 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_png(image: torch.Tensor, path) -> None:
-    """Write one uint8 image, (C, H, W) with 1 or 3 channels or (H, W), as PNG, atomically."""
+def png_bytes(image: torch.Tensor) -> bytes:
+    """One uint8 image, (C, H, W) with 1 or 3 channels or (H, W), as a PNG file in memory."""
     from PIL import Image
 
     image = image.cpu() if image.ndim == 3 else image.cpu()[None]
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise UsageError(f"save_png needs uint8 with 1 or 3 channels, got {image.dtype} of shape {tuple(image.shape)}.")
+        raise UsageError(f"PNG files need uint8 with 1 or 3 channels, got {image.dtype} of shape {tuple(image.shape)}.")
     pixels = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def save_grid(images: torch.Tensor, path, columns: int = 10, scale: int = 1, gutter: int = 2) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, row by row, for people to look at.
+def sheet(images: torch.Tensor, columns: int = 10, scale: int = 1, gutter: int = 2) -> torch.Tensor:
+    """Lay uint8 images (N, C, H, W) out as one image (C, height, width), row by row, for people to look at.
 
     Args:
         columns: images per row; the last row is filled up with white.
@@ -231,14 +231,24 @@ def save_grid(images: torch.Tensor, path, columns: int = 10, scale: int = 1, gut
         gutter: white pixels between images and around the sheet.
     """
     if images.ndim != 4 or len(images) == 0 or columns < 1 or scale < 1:
-        raise UsageError("save_grid needs images (N, C, H, W) with N ≥ 1, columns ≥ 1 and scale ≥ 1.")
+        raise UsageError("A sheet needs images (N, C, H, W) with N ≥ 1, columns ≥ 1 and scale ≥ 1.")
     images = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     number, channels, height, width = images.shape
     columns = min(columns, number)
     rows = -(-number // columns)
-    sheet = images.new_full((channels, rows * (height + gutter) + gutter, columns * (width + gutter) + gutter), 255)
+    result = images.new_full((channels, rows * (height + gutter) + gutter, columns * (width + gutter) + gutter), 255)
     for index, image in enumerate(images):
         top = gutter + (index // columns) * (height + gutter)
         left = gutter + (index % columns) * (width + gutter)
-        sheet[:, top : top + height, left : left + width] = image
-    save_png(sheet, path)
+        result[:, top : top + height, left : left + width] = image
+    return result
+
+
+def save_png(image: torch.Tensor, path) -> None:
+    """Write one uint8 image as PNG, atomically; see `png_bytes`."""
+    write_atomic(path, png_bytes(image))
+
+
+def save_grid(images: torch.Tensor, path, columns: int = 10, scale: int | None = None, gutter: int = 2) -> None:
+    """Write a `sheet` of uint8 images (N, C, H, W) as one PNG; by default small images are enlarged to about 40 pixels."""
+    save_png(sheet(images, columns, scale or max(1, 40 // images.shape[-1]), gutter), path)

@@ -25,7 +25,9 @@ def resolve_distillation(
     chosen = merge(read_yaml(config_file) if config_file else {}, parse_overrides(assignments), flags)
     teacher = chosen.get("teacher")
     if not teacher:
-        raise UsageError("Say which model to distil: --teacher digits, another name of `diffaccel list teachers`, or a folder.")
+        raise UsageError(
+            "Say which model to distil: --teacher digits, another name of `diffaccel list teachers`, or a folder."
+        )
     info = TEACHERS.get(teacher)
     method = get_method((chosen.get("method") or {}).get("name") or (info.method if info else "dmd")).name
     recipe = f"{teacher}-{method}" if f"{teacher}-{method}" in recipes("distill") else method

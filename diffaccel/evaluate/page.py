@@ -2,13 +2,12 @@
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
 import torch
 
-from ..core.images import save_grid
+from ..core.images import png_bytes, sheet
 from .comparison import HEADER, Row
 
 _STYLE = """
@@ -77,12 +76,12 @@ def _class_table(rows: list[Row]) -> str:
     return _table(header, lines)
 
 
-def _figure(label: str, sheet: torch.Tensor) -> str:
-    buffer = io.BytesIO()
-    save_grid(sheet, buffer, columns=10, scale=3)
-    data = base64.b64encode(buffer.getvalue()).decode()
+def _figure(label: str, images: torch.Tensor) -> str:
+    data = base64.b64encode(png_bytes(sheet(images, scale=3))).decode()
     caption = html.escape(label)
-    return f"<figure><figcaption>{caption}</figcaption><img alt='{caption}' src='data:image/png;base64,{data}'></figure>"
+    return (
+        f"<figure><figcaption>{caption}</figcaption><img alt='{caption}' src='data:image/png;base64,{data}'></figure>"
+    )
 
 
 def _curve(metrics: Path) -> str:
@@ -111,7 +110,8 @@ def _curve(metrics: Path) -> str:
         for value in (10**low, 10**high)
     )
     labels += "".join(
-        f"<text x='{place(step, 10**low)[0]:.1f}' y='{height - 8}' text-anchor='middle'>{step}</text>" for step in (0, last)
+        f"<text x='{place(step, 10**low)[0]:.1f}' y='{height - 8}' text-anchor='middle'>{step}</text>"
+        for step in (0, last)
     )
     dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>" for x, y in (place(*point) for point in points))
     return (

@@ -71,7 +71,7 @@ class NetworkDenoiser(Denoiser):
 
     @abstractmethod
     def feature_modules(self) -> list[nn.Module]:
-        """Modules whose outputs (B, C, h, w) describe a noisy sample, from fine to coarse."""
+        """Modules whose outputs (B, C, h, w) describe a noisy sample, in the order of the network."""
 
     def forward(self, x_t, t, condition=None):
         prediction = self.predict(x_t, t, condition).float()

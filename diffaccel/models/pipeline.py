@@ -107,7 +107,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return torch.arange(count) % self.num_classes
         labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1).cpu()
         if bool((labels < 0).any()) or bool((labels > self.num_classes).any()):
-            raise UsageError(f"class_labels must be in 0 … {self.num_classes - 1} (or {self.num_classes} for no class).")
+            raise UsageError(
+                f"class_labels must be in 0 … {self.num_classes - 1} (or {self.num_classes} for no class)."
+            )
         return labels
 
 

@@ -30,4 +30,4 @@ class UNet2DDenoiser(NetworkDenoiser):
         return self.net(x_t.to(dtype), t.to(x_t.device, torch.float32), **(condition or {})).sample
 
     def feature_modules(self) -> list[nn.Module]:
-        return [*self.net.down_blocks, self.net.mid_block]
+        return [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]

@@ -64,7 +64,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _get_compatibles(cls):
-        return [cls, *(getattr(diffusers, name) for name in cls._compatibles)]
+        # With its siblings here, so that their settings pass silently from one to the other.
+        return [cls, *PlanScheduler.__subclasses__(), *(getattr(diffusers, name) for name in cls._compatibles)]
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

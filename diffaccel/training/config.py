@@ -44,7 +44,7 @@ class TrainerConfig:
     optimizers: settings by role name.
     log_every, sample_every, checkpoint_every: intervals in training steps; 0 for sample/checkpoint means only at the end.
     keep: number of checkpoints kept.
-    device: "auto", "cpu", "cuda" or "mps".
+    device: "auto" (CUDA, MPS or CPU, whichever is there), "cpu" or "cuda".
     precision: "no" (float32) or "bf16" (autocast).
     threads: CPU threads; 0 leaves torch's default. More than one only pays where nothing else runs.
     """
@@ -74,5 +74,5 @@ class TrainerConfig:
             raise UsageError(f"trainer.ema must be in [0, 1), got {self.ema}.")
         if self.precision not in ("no", "bf16"):
             raise unknown("trainer.precision", self.precision, ("no", "bf16"))
-        if self.device not in ("auto", "cpu", "cuda", "mps"):
-            raise unknown("trainer.device", self.device, ("auto", "cpu", "cuda", "mps"))
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise unknown("trainer.device", self.device, ("auto", "cpu", "cuda"))

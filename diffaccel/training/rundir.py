@@ -45,7 +45,7 @@ class RunDirectory:
                     "Resume without them, or start a new run in another folder."
                 )
         else:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
         write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
         self._metrics = None

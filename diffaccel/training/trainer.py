@@ -55,6 +55,8 @@ class Trainer:
 
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("trainer.device is cuda, but torch finds no CUDA device; use auto or cpu.")
         self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
         parts = self.accelerator.num_processes * config.micro_batches
         if config.batch_size % parts:
@@ -211,7 +213,7 @@ class Trainer:
             return
         images = self.method.samples(self.model, self.random)
         if images is not None:
-            save_grid(to_uint8(images), self.run.picture(self.step), scale=max(1, 40 // images.shape[-1]))
+            save_grid(to_uint8(images), self.run.picture(self.step))
         values = self.method.validate(self.model) | (self.evaluator(self.model) if self.evaluator else {})
         if values:
             self.run.log({"step": self.step, **{f"validation/{key}": value for key, value in values.items()}})
