@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.images import save_grid
+from ..core.images import save_png, sheet
 from ..generation import generate
 from ..models.data import load_digits
 from .classes import class_report
@@ -34,7 +34,7 @@ class Row:
         report: Fréchet distance to the reference with its uncertainty.
         classes: `classes.class_report`; empty where classes are unknown.
         images_per_second: generation speed in this run on this machine; None for real images.
-        sheet: the first 100 images (N, C, H, W) uint8.
+        samples: ten images of each class, one class a line of ten, uint8 (100, 1, 8, 8).
     """
 
     label: str
@@ -42,10 +42,10 @@ class Row:
     report: FrechetReport
     classes: dict
     images_per_second: float | None
-    sheet: torch.Tensor = field(repr=False)
+    samples: torch.Tensor = field(repr=False)
 
     def to_dict(self) -> dict:
-        """JSON-able content, without the sheet."""
+        """JSON-able content, without the samples."""
         speed = self.images_per_second and round(self.images_per_second, 1)
         facts = {"label": self.label, "nfe": self.nfe, "images_per_second": speed}
         return {**facts, "fd": self.report.to_dict(), "classes": self.classes}
@@ -103,19 +103,26 @@ def gain(rows: dict[str, float], teacher_one: str, teacher_many: str, student: s
 
 
 def save_overview(rows: list[Row], path: Path) -> None:
-    """One PNG: the sheets of all rows side by side, ten classes down, ten samples across."""
-    blocks = [torch.cat([_by_class(row.sheet)[k] for row in rows]) for k in range(10)]
-    save_grid(torch.cat(blocks), path, columns=10 * len(rows), scale=3, gutter=1)
+    """One PNG: the sheets of all rows side by side under their labels, one class a line."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
 
-
-def _by_class(sheet: torch.Tensor) -> list[torch.Tensor]:
-    """Ten images of each class; sheets hold the classes in turn."""
-    return [sheet[k::10][:10] for k in range(10)]
+    blocks = [sheet(row.samples, scale=3, gutter=1) for row in rows]
+    _, height, width = blocks[0].shape
+    gap, top = 16, 26
+    canvas = np.full((top + height, (width + gap) * len(rows) - gap), 255, dtype=np.uint8)
+    for index, block in enumerate(blocks):
+        canvas[top:, index * (width + gap) : index * (width + gap) + width] = block[0].numpy()
+    picture = Image.fromarray(canvas)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    for index, row in enumerate(rows):
+        draw.text((index * (width + gap) + 1, 3), row.label, fill=0, font=font)
+    save_png(torch.from_numpy(np.array(picture))[None], path)
 
 
 def _row(label: str, nfe: int, images: torch.Tensor, labels: torch.Tensor, speed: float | None) -> Row:
     report = evaluate_fid((images, labels), "digits")
-    order = torch.cat([torch.nonzero(labels == k)[:10, 0] for k in range(10)]).reshape(10, 10).T.flatten()
+    order = torch.cat([torch.nonzero(labels == k)[:10, 0] for k in range(10)])
     return Row(label, nfe, report, class_report(images, labels, load_digits()), speed, images[order])
 
 

@@ -43,7 +43,7 @@ def write_page(
         "N, or the jackknife-corrected column. Diversity: mean distance of two images of a class, in grey levels. "
         "Speed on this machine, in this run.</p>",
         "<h2>Samples</h2>",
-        *[_figure(row.label, row.sheet) for row in rows],
+        *[_figure(row.label, row.samples) for row in rows],
         "<h2>Class by class</h2>",
         _class_table(rows),
         f"<p class='small'>{html.escape(rows[0].classes['note'])}</p>",
@@ -109,10 +109,8 @@ def _curve(metrics: Path) -> str:
         f"<text x='{left - 6}' y='{place(0, value)[1] + 4:.1f}' text-anchor='end'>{value:.2g}</text>"
         for value in (10**low, 10**high)
     )
-    labels += "".join(
-        f"<text x='{place(step, 10**low)[0]:.1f}' y='{height - 8}' text-anchor='middle'>{step}</text>"
-        for step in (0, last)
-    )
+    labels += f"<text x='{left}' y='{height - 8}'>0</text>"
+    labels += f"<text x='{width - 10}' y='{height - 8}' text-anchor='end'>{last} steps</text>"
     dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>" for x, y in (place(*point) for point in points))
     return (
         f"<figure><figcaption>Distance of the student (moving average, 500 samples) over training steps</figcaption>"

@@ -32,7 +32,7 @@ class TeacherInfo:
 TEACHERS = {
     info.name: info
     for info in (
-        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "0.7 MB", "Apache-2.0", "digits", "f-distill"),
+        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "0.7 MB", "Apache-2.0", "digits"),
         TeacherInfo("sd15", "Stable Diffusion 1.5, text to 512×512", "stable-diffusion-v1-5/stable-diffusion-v1-5", "2.7 GB", "CreativeML OpenRAIL-M"),
         TeacherInfo("sd21", "Stable Diffusion 2.1, text to 768×768", "stabilityai/stable-diffusion-2-1", "2.6 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("sdxl", "Stable Diffusion XL, text to 1024×1024", "stabilityai/stable-diffusion-xl-base-1.0", "6.9 GB", "CreativeML OpenRAIL++-M"),

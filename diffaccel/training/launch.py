@@ -40,12 +40,9 @@ def launch(
     Raises:
         UsageError, DataError, NumericalError, InterruptedRun: see `RunDirectory` and `Trainer`.
     """
-    run = RunDirectory(output, complete(config, list(method.roles)), resume)
-    try:
+    with RunDirectory(output, complete(config, list(method.roles)), resume) as run:
         trainer = Trainer(method, config.trainer, run, evaluator, progress)
         if resume:
             trainer.restore()
         trainer.fit()
-    finally:
-        run.close()
     return output / "final"

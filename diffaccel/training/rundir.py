@@ -48,7 +48,6 @@ class RunDirectory:
             write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
         write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
-        self._metrics = None
 
     @property
     def checkpoints(self) -> Path:
@@ -60,10 +59,8 @@ class RunDirectory:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget metrics logged after ``step`` completed steps; a resumed run logs them again."""
@@ -80,10 +77,11 @@ class RunDirectory:
                 kept.append(line + "\n")
         write_atomic(file, "".join(kept))
 
-    def close(self) -> None:
-        """Close files and release the folder."""
-        if self._metrics is not None:
-            self._metrics.close()
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Release the folder."""
         (self.path / ".lock").unlink(missing_ok=True)
 
     def _lock(self) -> None:

@@ -65,7 +65,9 @@ class DMD(Method):
         self.teacher = teacher.eval().requires_grad_(False)
         self.real = Guided(self.teacher, config.guidance_scale)
         self.schedule = teacher.schedule
-        self.roles: dict[str, nn.Module] = {"student": teacher.clone(), "critic": teacher.clone()}
+        self.roles: dict[str, nn.Module] = {
+            name: teacher.clone().requires_grad_(True) for name in ("student", "critic")
+        }
         if self.needs_discriminator():
             if data is None:
                 raise UsageError("A discriminator needs real images: give --data, or a method without one (dmd).")

@@ -1,0 +1,58 @@
+"""Resolving, opening and refusing models."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from networks import tiny_unet
+
+from diffaccel.core.errors import DataError, MissingWeightsError, UsageError
+from diffaccel.models.teachers import TEACHERS, check_adapter, load_denoiser, load_pipeline, resolve_teacher
+
+
+def test_a_misspelt_name_gets_the_nearest_one():
+    with pytest.raises(UsageError, match="digits"):
+        resolve_teacher("digit")
+
+
+@pytest.mark.parametrize("name", [name for name, info in TEACHERS.items() if info.repository])
+def test_missing_weights_say_what_to_do(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingWeightsError) as error:
+        resolve_teacher(name)
+    text = str(error.value)
+    assert TEACHERS[name].repository in text and TEACHERS[name].size in text and TEACHERS[name].licence in text
+    assert "--teacher" in text and "hf download" in text
+
+
+def test_an_unconditional_ddpm_folder_opens_and_generates(tmp_path):
+    DDPMPipeline(tiny_unet(None), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    pipeline = load_pipeline(tmp_path / "ddpm")
+    assert pipeline.num_classes is None
+    images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+    assert len(images) == 2 and images[0].size == (8, 8)
+    denoiser = load_denoiser(str(tmp_path / "ddpm"))
+    assert denoiser.prediction_type == "epsilon" and denoiser.sample_shape == (1, 8, 8)
+
+
+def test_folders_that_are_not_pixel_models_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="model_index"):
+        resolve_teacher(str(tmp_path))
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="StableDiffusionPipeline"):
+        check_adapter(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        check_adapter(str(tmp_path))
+
+
+def test_the_pipeline_checks_its_labels_and_noise():
+    pipeline = load_pipeline("digits")
+    with pytest.raises(UsageError, match=r"0 … 9"):
+        pipeline(class_labels=[11])
+    with pytest.raises(UsageError, match="noise"):
+        pipeline(class_labels=[1, 2], noise=torch.zeros(1, 1, 8, 8))
+    images = pipeline(class_labels=3, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+    assert images.shape == (1, 8, 8, 1) and 0.0 <= images.min() <= images.max() <= 1.0
