@@ -1,7 +1,9 @@
 """The `diffaccel` command. Verbs live in one file each and import torch and diffusers only when they run."""
 
 import os
+import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -50,8 +52,15 @@ def main() -> None:
     # Library chatter (xformers without CUDA operators, weight-loading bars) is not for users of this command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if threading.current_thread() is threading.main_thread():
+        # Outside training, which saves first, SIGTERM ends like Ctrl-C does: files half-written are cleaned up.
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         app()
+    except SystemExit as stop:
+        if stop.code in (130, 143):
+            _fail("Interrupted.", stop.code)
+        raise
     except DiffaccelError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ def demo(
     run = output / "run"
     resume = (run / "config.yaml").is_file()
     wanted = {"teacher": "digits", "trainer": {"seed": seed}} | ({"method": {"name": method}} if method else {})
-    settings = resolve_distillation(merge(stored_settings(run), wanted) if resume else wanted)
+    settings = resolve_distillation(merge(stored_settings(run, method), wanted) if resume else wanted)
     final = execute(settings, run, resume, quiet)
     from ..evaluate.comparison import HEADER, Contender, compare_digits, gain, save_overview
     from ..evaluate.page import write_page

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.config import merge
+from ..core.config import merge, parse_overrides, read_yaml
 from ..core.errors import UsageError
 from . import options
 from .output import note, quiet_libraries, run_folder
@@ -51,7 +51,6 @@ def distill(
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
     from ..distill.run import build_method, resolve_distillation
-    from ..training.launch import stored_settings
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     if divergence is not None and method not in (None, "f-distill"):
@@ -61,7 +60,11 @@ def distill(
     given = {"teacher": teacher, "data": data, "method": chosen or None}
     flags |= {key: value for key, value in given.items() if value is not None}
     if resume:
-        flags = merge(stored_settings(output), flags)
+        from ..training.launch import stored_settings
+
+        # What this command names lies over what is stored, so that a change is refused instead of ignored.
+        stored = stored_settings(output, chosen.get("name"))
+        flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
     run_config = resolve_distillation(flags, config, settings)
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
     if dry_run:

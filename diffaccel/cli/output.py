@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from ..core.errors import UsageError
+
 
 def quiet_libraries() -> None:
     """Keep loading bars and the xformers banner off stderr; call before diffusers models are imported."""
@@ -31,6 +33,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for results.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write to {path}: {error.strerror}.") from None
 
 
 def run_folder(verb: str, *names: str) -> Path:

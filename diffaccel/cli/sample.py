@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UsageError
-from .output import note, quiet_libraries
+from .output import make_folder, note, quiet_libraries
 
 
 def sample(
@@ -56,6 +56,7 @@ def sample(
     quiet_libraries()
     import torch
 
+    _check_device(device)
     from ..core.images import save_grid, save_png
     from ..generation import generate
 
@@ -73,7 +74,9 @@ def sample(
         progress=True,
     )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
+    if grid is not None:
+        make_folder(grid.parent)
     written, sheet = 0, []
     for images, _labels in drawn:
         if output is not None:
@@ -83,9 +86,7 @@ def sample(
             sheet.append(images)
         written += len(images)
     if grid is not None:
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        images = torch.cat(sheet)
-        save_grid(images, grid)
+        save_grid(torch.cat(sheet), grid)
     result = {"images": written, "seconds": round(time.monotonic() - started, 2)}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
     if as_json:
@@ -94,6 +95,15 @@ def sample(
         typer.echo(f"{written} images in {result['seconds']} s: {', '.join(places.values())}")
         if output is not None and sys.stderr.isatty():
             note(f"Next: diffaccel evaluate fid {output} digits")
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {device!r} is not a device that torch can use here; try cpu.") from None
 
 
 def _classes(text: str | None) -> list[int] | None:

@@ -38,7 +38,9 @@ def train(
     from ..training.registry import load_method
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
-    base = merge(read_recipe("train", recipe), stored_settings(output) if resume else {})
+    base = read_recipe("train", recipe)
+    if resume:
+        base = merge(base, stored_settings(output, base["method"]["name"]))
     run_config = resolve(base, config, settings or [], flags)
     quiet_libraries()
     method_class = load_method(run_config.method["name"])

@@ -52,4 +52,4 @@ def build_method(config: RunConfig):
     if config.data:
         channels, *size = teacher.sample_shape
         data = load_images(config.data, channels, tuple(size), teacher.num_classes is not None)
-    return method_class(teacher, dict(pipeline.scheduler.config), data, settings)
+    return method_class(teacher, dict(pipeline.scheduler.config), data, settings, config.trainer.seed)

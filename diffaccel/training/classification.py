@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ..core.rng import seeded
 from ..models.classifier import DigitsClassifier
 from ..models.data import load_digits, to_unit_range
 from .method import Draw, Loss, Method, Phase
@@ -29,8 +30,8 @@ class DigitsClassification(Method):
 
     def __init__(self, config: Config, seed: int):
         self.config = config
-        torch.manual_seed(seed)  # initial weights
-        self.roles = {"classifier": DigitsClassifier()}
+        with seeded(seed):
+            self.roles = {"classifier": DigitsClassifier()}
         images, self.labels = load_digits("train")
         self.images = to_unit_range(images)
         images, self.held_out_labels = load_digits("heldout")

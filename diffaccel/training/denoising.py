@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ..core.grids import make_grid
-from ..core.rng import KeyedRandom
+from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
 from ..models.data import load_digits, to_unit_range
 from ..models.pipeline import ClassConditionalPipeline
@@ -40,19 +40,19 @@ class DigitsDenoising(Method):
     def __init__(self, config: Config, seed: int):
         self.config = config
         self.scheduler = DEISScheduler(prediction_type=config.prediction_type, timestep_spacing="trailing")
-        torch.manual_seed(seed)  # initial weights
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=config.channels,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=16,
-            norm_num_groups=8,
-            num_class_embeds=11,
-        )
+        with seeded(seed):
+            net = UNet2DModel(
+                sample_size=8,
+                in_channels=1,
+                out_channels=1,
+                layers_per_block=1,
+                block_out_channels=config.channels,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=16,
+                norm_num_groups=8,
+                num_class_embeds=11,
+            )
         self.roles = {"model": UNet2DDenoiser(net, from_diffusers(self.scheduler), config.prediction_type)}
         images, self.labels = load_digits("train")
         self.images = to_unit_range(images)

@@ -20,7 +20,7 @@ class EMA:
     def update(self, module: nn.Module, step: int) -> None:
         """Follow ``module`` after training step ``step`` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        own, new = list(self.module.parameters()), [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(own, new, 1.0 - decay)
+        for parameter, source in zip(self.module.parameters(), module.parameters(), strict=True):
+            parameter.lerp_(source.detach(), 1.0 - decay)
         for buffer, source in zip(self.module.buffers(), module.buffers(), strict=True):
             buffer.copy_(source)

@@ -7,20 +7,29 @@ from ..core.config import read_yaml
 from ..core.errors import UsageError
 from .method import Method
 from .recipes import RunConfig, complete
-from .rundir import RunDirectory, check_output
+from .rundir import RunDirectory, changed_settings, check_output
 from .trainer import Trainer
 
 
-def stored_settings(output: Path | None) -> dict:
+def stored_settings(output: Path | None, method: str | None = None) -> dict:
     """Settings of the run to be resumed.
 
+    Args:
+        output: the run's folder.
+        method: the method that is asked for; None for whatever the run was started with.
+
     Raises:
-        UsageError: no output folder was named, or it holds no run.
+        UsageError: no output folder was named, it holds no run, or one of another method.
     """
     if output is None:
         raise UsageError("--resume needs the run's folder: --output RUN --resume.")
     check_output(output, resume=True)
-    return read_yaml(output / "config.yaml")
+    settings = read_yaml(output / "config.yaml")
+    group = settings.get("method")
+    started = group.get("name") if isinstance(group, dict) else None
+    if method not in (None, started):
+        raise changed_settings(output, [f"method.name: {started!r} -> {method!r}"])
+    return settings
 
 
 def launch(
@@ -41,7 +50,12 @@ def launch(
         UsageError, DataError, NumericalError, InterruptedRun: see `RunDirectory` and `Trainer`.
     """
     with RunDirectory(output, complete(config, list(method.roles)), resume) as run:
-        trainer = Trainer(method, config.trainer, run, evaluator, progress)
+        try:
+            trainer = Trainer(method, config.trainer, run, evaluator, progress)
+        except UsageError:
+            if not resume:
+                run.discard()
+            raise
         if resume:
             trainer.restore()
         trainer.fit()

@@ -88,7 +88,7 @@ def complete(config: RunConfig, roles: list[str]) -> dict[str, Any]:
     """
     for name in config.trainer.optimizers:
         if name not in roles:
-            raise unknown("role in trainer.optimizers", name, roles)
+            raise unknown("role in trainer.optimizers", str(name), roles)
     return {key: value for key, value in to_dict(config).items() if value is not None}
 
 

@@ -2,16 +2,23 @@
 
 import json
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..core.config import differences
+from ..core.config import differences, read_yaml
 from ..core.errors import UsageError
 from ..core.files import write_atomic
 from ..core.versions import library_versions
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not protected from each other there
+    fcntl = None
 
 
 class RunDirectory:
@@ -36,18 +43,19 @@ class RunDirectory:
             self._lock()
         except OSError as error:
             raise UsageError(f"Cannot write to {self.path}: {error.strerror}.") from None
-        if resume:
-            stored = yaml.safe_load((self.path / "config.yaml").read_text())
-            changed = differences(stored, config)
-            if changed:
-                raise UsageError(
-                    f"{self.path} was started with other settings ({'; '.join(changed)}). "
-                    "Resume without them, or start a new run in another folder."
-                )
-        else:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
-        write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        try:
+            if resume:
+                changed = differences(read_yaml(self.path / "config.yaml"), config)
+                if changed:
+                    raise changed_settings(self.path, changed)
+                self._sweep()
+            else:
+                write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
+            write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        except BaseException:
+            self._release()
+            raise
 
     @property
     def checkpoints(self) -> Path:
@@ -82,15 +90,50 @@ class RunDirectory:
 
     def __exit__(self, *exception) -> None:
         """Release the folder."""
-        (self.path / ".lock").unlink(missing_ok=True)
+        self._release()
+
+    def discard(self) -> None:
+        """Remove a new run that could not begin, so that the corrected command finds the folder free."""
+        shutil.rmtree(self.path / "samples")
+        for name in ("config.yaml", "run.json", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _lock(self) -> None:
+        """Lock the folder; the system lets go of the lock however this process ends."""
         lock = self.path / ".lock"
-        if lock.exists():
-            owner = lock.read_text().strip()
-            if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
-                raise UsageError(f"{self.path} is in use by process {owner}.")
-        lock.write_text(str(os.getpid()))
+        self._descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise UsageError(f"{self.path} is in use by process {lock.read_text()}.") from None
+        except OSError:
+            pass  # a file system without locks
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, str(os.getpid()).encode())
+
+    def _release(self) -> None:
+        (self.path / ".lock").unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process had under temporary names."""
+        for folder in (self.path, self.checkpoints):
+            for leftover in folder.glob(".tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def changed_settings(path: Path, changed: list[str]) -> UsageError:
+    """The error for resuming a run with settings it was not started with."""
+    return UsageError(
+        f"{path} was started with other settings ({'; '.join(changed)}). "
+        "Resume without them, or start a new run in another folder."
+    )
 
 
 def check_output(path: Path, resume: bool) -> None:
@@ -101,13 +144,3 @@ def check_output(path: Path, resume: bool) -> None:
         raise UsageError(f"{path} holds no run to resume (no config.yaml).")
     if not resume and path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path} is not empty. Add --resume to continue the run in it, or give another --output.")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

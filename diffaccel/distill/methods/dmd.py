@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.errors import UsageError
-from ...core.rng import KeyedRandom
+from ...core.rng import KeyedRandom, seeded
 from ...models.data import RealImages
 from ...models.denoiser import Condition, Guided, NetworkDenoiser
 from ...models.pipeline import ClassConditionalPipeline
@@ -29,6 +29,7 @@ class DMD(Method):
         scheduler_config: diffusers configuration of the teacher's scheduler, carried into the exported student.
         data: real images, for the discriminator only.
         config: settings.
+        seed: of initial weights that are not the teacher's.
     """
 
     main_role = "student"
@@ -60,7 +61,14 @@ class DMD(Method):
                 if getattr(self, name) < 0:
                     raise UsageError(f"method.{name} must not be negative, got {getattr(self, name)}.")
 
-    def __init__(self, teacher: NetworkDenoiser, scheduler_config: dict, data: RealImages | None, config: Config):
+    def __init__(
+        self,
+        teacher: NetworkDenoiser,
+        scheduler_config: dict,
+        data: RealImages | None,
+        config: Config,
+        seed: int = 0,
+    ):
         self.config, self.data, self.scheduler_config = config, data, scheduler_config
         self.teacher = teacher.eval().requires_grad_(False)
         self.real = Guided(self.teacher, config.guidance_scale)
@@ -71,7 +79,7 @@ class DMD(Method):
         if self.needs_discriminator():
             if data is None:
                 raise UsageError("A discriminator needs real images: give --data, or a method without one (dmd).")
-            self.roles["discriminator"] = self._new_discriminator()
+            self.roles["discriminator"] = self._new_discriminator(seed)
 
     def needs_discriminator(self) -> bool:
         """Whether any loss uses the discriminator."""
@@ -191,12 +199,12 @@ class DMD(Method):
             metrics["adversarial"] = adversarial.detach()
         return Loss(total, metrics)
 
-    def _new_discriminator(self) -> FeatureDiscriminator:
+    def _new_discriminator(self, seed: int) -> FeatureDiscriminator:
         parameter = next(self.teacher.parameters())
         x = torch.zeros(1, *self.teacher.sample_shape, device=parameter.device)
         with torch.no_grad():
             _, features = self.teacher.forward_with_features(
                 x, torch.ones(1, device=x.device), self.teacher.null_condition(1)
             )
-        torch.manual_seed(0)  # initial weights; the roles' training noise is keyed separately
-        return FeatureDiscriminator([f.shape[1] for f in features])
+        with seeded(seed):
+            return FeatureDiscriminator([f.shape[1] for f in features])

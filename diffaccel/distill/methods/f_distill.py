@@ -41,9 +41,9 @@ class FDistill(DMD):
             if not 0.0 <= self.normalizer_decay < 1.0:
                 raise UsageError(f"method.normalizer_decay must be in [0, 1), got {self.normalizer_decay}.")
 
-    def __init__(self, teacher, scheduler_config, data, config: Config):
+    def __init__(self, teacher, scheduler_config, data, config: Config, seed: int = 0):
         self.divergence = get_divergence(config.divergence)
-        super().__init__(teacher, scheduler_config, data, config)
+        super().__init__(teacher, scheduler_config, data, config, seed)
         self.ratio_means = torch.ones(BINS)
         self.weight_mean = self.divergence.h(torch.ones(()))
         self._seen = torch.zeros(2, BINS)  # this update's sums of r, counts
