@@ -56,7 +56,7 @@ def main() -> None:
         # Outside training, which saves first, SIGTERM ends like Ctrl-C does: files half-written are cleaned up.
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
-        app()
+        app(prog_name="diffaccel")
     except SystemExit as stop:
         if stop.code in (130, 143):
             _fail("Interrupted.", stop.code)

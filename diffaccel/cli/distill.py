@@ -51,6 +51,7 @@ def distill(
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
     from ..distill.run import build_method, resolve_distillation
+    from ..models.teachers import check_adapter
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     if divergence is not None and method not in (None, "f-distill"):
@@ -66,6 +67,7 @@ def distill(
         stored = stored_settings(output, chosen.get("name"))
         flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
     run_config = resolve_distillation(flags, config, settings)
+    check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
     if dry_run:
         quiet_libraries()
@@ -89,7 +91,9 @@ def execute(run_config, folder: Path, resume: bool, quiet: bool) -> Path:
     """Train a resolved run in ``folder`` and return its final/ folder."""
     from ..distill.run import build_method
     from ..training.launch import launch
+    from ..training.rundir import check_output
 
+    check_output(folder, resume)
     quiet_libraries()
     method = build_method(run_config)
     if not quiet:

@@ -53,6 +53,9 @@ def sample(
     if grid is not None and grid.suffix.lower() != ".png":
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
     wanted = _classes(classes)
+    from ..models.teachers import resolve_teacher
+
+    resolve_teacher(model)  # here, because torch and diffusers take seconds to import
     quiet_libraries()
     import torch
 

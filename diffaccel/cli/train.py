@@ -36,6 +36,7 @@ def train(
     from ..training.launch import launch, stored_settings
     from ..training.recipes import complete, method_settings, read_recipe, resolve
     from ..training.registry import load_method
+    from ..training.rundir import check_output
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     base = read_recipe("train", recipe)
@@ -53,6 +54,7 @@ def train(
             yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False, allow_unicode=True), nl=False
         )
         return
+    check_output(folder, resume)
     if not quiet:
         note(f"Training {recipe!r} for {run_config.trainer.steps} steps in {folder}")
     final = launch(method, run_config, folder, resume, progress=not quiet)

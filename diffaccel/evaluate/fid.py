@@ -106,7 +106,7 @@ def extract_moments(side: ImageSource, extractor: FeatureExtractor, *, progress:
     from tqdm import tqdm
 
     moments = GroupedMoments(extractor.num_features)
-    with tqdm(desc=side.name, unit="image", disable=not progress) as bar:  # tqdm writes to stderr
+    with tqdm(desc=side.name, unit="image", disable=None if progress else True) as bar:  # None: only on a terminal
         for images, labels in side.batches(extractor.channels, _EXTRACTION_BATCH):
             moments.update(extractor(images), labels)
             bar.update(len(images))

@@ -86,7 +86,8 @@ class Trainer:
 
     def restore(self) -> int:
         """Load the newest intact checkpoint of the run, if there is one; return the number of steps done."""
-        found = latest_checkpoint(self.run.checkpoints, lambda text: print(text, file=sys.stderr))
+        main = self.accelerator.is_main_process
+        found = latest_checkpoint(self.run.checkpoints, lambda text: main and print(text, file=sys.stderr))
         if found is not None:
             path, record = found
             for name, module in self.method.roles.items():
@@ -95,7 +96,9 @@ class Trainer:
             load_module(self.model, read_tensors(path, "ema"), f"{path.name}/ema")
             self.method.load_extra_state(read_tensors(path, "method"))
             self.step = record["step"]
-        self.run.rewind(self.step)
+        if main:
+            self.run.rewind(self.step)
+        self.accelerator.wait_for_everyone()
         return self.step
 
     def fit(self) -> None:
@@ -120,9 +123,11 @@ class Trainer:
                     self._log(bar, time.monotonic() - started)
                 if last or (config.sample_every and self.step % config.sample_every == 0):
                     self._picture()
-                if last or guard.received or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                stop = self._agreed(guard.received)
+                if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
-                if guard.received and not last:
+                if stop and not last:
+                    guard.received = stop
                     guard.stop(f"Stopped and saved at step {self.step} of {config.steps}; continue with --resume.")
             self._export()
 
@@ -135,6 +140,13 @@ class Trainer:
             tensors[name] = module.state_dict()
             tensors[f"{name}.optimizer"] = optimizer_tensors(self.optimizers[name])
         save_checkpoint(self.run.checkpoints, self.step, tensors, {"roles": list(self.method.roles)}, self.config.keep)
+
+    def _agreed(self, signal_number: int | None) -> int | None:
+        """The signal that any process has received: all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return signal_number
+        flag = torch.tensor(signal_number or 0, device=self.accelerator.device)
+        return int(self.accelerator.gather(flag[None]).max()) or None
 
     def _settings(self, role: str) -> OptimizerConfig:
         return self.config.optimizers.get(role, OptimizerConfig())
@@ -203,6 +215,9 @@ class Trainer:
     def _log(self, bar: tqdm, seconds: float) -> None:
         means = {key: float(sum(values) / len(values)) for key, values in self._sums.items()}
         self._sums.clear()
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor(list(means.values()), device=self.accelerator.device, dtype=torch.float32)
+            means = dict(zip(means, self.accelerator.reduce(own, "mean").tolist(), strict=True))
         if self.accelerator.is_main_process:
             self.run.log({"step": self.step, **means, "seconds": round(seconds, 2)})
         bar.set_postfix({key: f"{value:.3g}" for key, value in means.items() if key.endswith("/loss")})
@@ -223,3 +238,4 @@ class Trainer:
         if self.accelerator.is_main_process and not final.exists():
             with atomic_directory(final) as temporary:
                 self.method.export(self.model, temporary)
+        self.accelerator.wait_for_everyone()
