@@ -70,7 +70,9 @@ def main() -> None:
         return distance(reference, gaussian(extractor(images)))
 
     held_out, spread = floor(extractor, reference)
-    print(f"floor: held-out digits {held_out:.3f}, spread over splits {spread:.3f}, so at most {held_out + spread:.3f}\n")
+    print(
+        f"floor: held-out digits {held_out:.3f}, spread over splits {spread:.3f}, so at most {held_out + spread:.3f}\n"
+    )
 
     rows, whole = [], {}
     for steps in (50, 20, 10, 5, 1):
@@ -79,7 +81,9 @@ def main() -> None:
             whole[steps, seed] = fd(images)
             groups = sum(fd(part) for part in images.split(FLOOR)) / GROUPS
             accuracy = class_report(images, labels, load_digits())["accuracy"]
-            rows.append([f"teacher, {steps} steps", seed, f"{groups:.3f}", f"{whole[steps, seed]:.3f}", f"{accuracy:.3f}"])
+            rows.append(
+                [f"teacher, {steps} steps", seed, f"{groups:.3f}", f"{whole[steps, seed]:.3f}", f"{accuracy:.3f}"]
+            )
     print(table(["model", "seed", f"FD N={FLOOR}", f"FD N={FLOOR * GROUPS}", "accuracy"], rows), "\n")
 
     students, facts = [], []
@@ -100,7 +104,11 @@ def main() -> None:
             real = sum(row["diversity_real"] for row in report["classes"]) / 10
             cells = [f"{value:.3f}", f"{gain:.3f}", f"{report['accuracy']:.3f}", f"{worst:.3f}"]
             students.append([label, seed, *cells, f"{diversity:.1f} / {real:.1f}", f"{seconds:.0f}"])
-            clean = [row["critic/discriminator_accuracy_clean_fifth"] for row in log if "critic/discriminator_accuracy_clean_fifth" in row]
+            clean = [
+                row["critic/discriminator_accuracy_clean_fifth"]
+                for row in log
+                if "critic/discriminator_accuracy_clean_fifth" in row
+            ]
             facts.append({"method": label, "seed": seed, "fd": value, "gain": gain, "discriminator_clean_fifth": clean})
     header = ["student, 1 step", "seed", "FD", "gain", "accuracy", "worst class", "diversity / real", "cpu s"]
     print(table(header, students))

@@ -52,6 +52,7 @@ def distill(
     """
     from ..distill.run import build_method, resolve_distillation
     from ..models.teachers import check_adapter
+    from ..training.launch import is_main_process, stored_settings
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     if divergence is not None and method not in (None, "f-distill"):
@@ -61,8 +62,6 @@ def distill(
     given = {"teacher": teacher, "data": data, "method": chosen or None}
     flags |= {key: value for key, value in given.items() if value is not None}
     if resume:
-        from ..training.launch import stored_settings
-
         # What this command names lies over what is stored, so that a change is refused instead of ignored.
         stored = stored_settings(output, chosen.get("name"))
         flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
@@ -74,6 +73,8 @@ def distill(
         _print_plan(build_method(run_config), run_config, folder)
         return
     final = execute(run_config, folder, resume, quiet)
+    if not is_main_process():
+        return
     typer.echo(f"Finished: {final}, one network evaluation per image")
     reference = _reference(run_config)
     if reference:
@@ -90,18 +91,20 @@ def distill(
 def execute(run_config, folder: Path, resume: bool, quiet: bool) -> Path:
     """Train a resolved run in ``folder`` and return its final/ folder."""
     from ..distill.run import build_method
-    from ..training.launch import launch
+    from ..training.launch import is_main_process, launch
     from ..training.rundir import check_output
 
-    check_output(folder, resume)
+    main = is_main_process()
+    if main:
+        check_output(folder, resume)
     quiet_libraries()
     method = build_method(run_config)
-    if not quiet:
+    if main and not quiet:
         name = run_config.method["name"]
         note(f"Distilling {run_config.teacher!r} with {name} for {run_config.trainer.steps} steps in {folder}")
     reference = _reference(run_config)
     evaluator = _validator(method, reference) if reference else None
-    return launch(method, run_config, folder, resume, evaluator, progress=not quiet)
+    return launch(method, run_config, folder, resume, evaluator, progress=main and not quiet)
 
 
 def _reference(run_config) -> str | None:

@@ -33,10 +33,10 @@ def train(
 
     - `diffaccel train --recipe digits-features --seed 1`
     """
-    from ..training.launch import launch, stored_settings
+    from ..training.launch import is_main_process, launch, stored_settings
     from ..training.recipes import complete, method_settings, read_recipe, resolve
     from ..training.registry import load_method
-    from ..training.rundir import check_output
+    from ..training.rundir import check_output, last_validation
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     base = read_recipe("train", recipe)
@@ -54,11 +54,17 @@ def train(
             yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False, allow_unicode=True), nl=False
         )
         return
-    check_output(folder, resume)
-    if not quiet:
+    main = is_main_process()
+    if main:
+        check_output(folder, resume)
+    if main and not quiet:
         note(f"Training {recipe!r} for {run_config.trainer.steps} steps in {folder}")
-    final = launch(method, run_config, folder, resume, progress=not quiet)
+    final = launch(method, run_config, folder, resume, progress=main and not quiet)
+    if not main:
+        return
     typer.echo(f"Finished: {final}")
+    for key, value in last_validation(folder).items():
+        typer.echo(f"{key}: {value:.4f}")
     if (final / "model_index.json").is_file():
         import json
 

@@ -23,13 +23,17 @@ def resolve_distillation(
     """
     assignments = assignments or []
     chosen = merge(read_yaml(config_file) if config_file else {}, parse_overrides(assignments), flags)
-    teacher = chosen.get("teacher")
+    teacher, group = chosen.get("teacher"), chosen.get("method") or {}
+    if not isinstance(group, dict):
+        raise UsageError(f"method must be a group of settings, such as method.name: dmd; got {group!r}.")
+    if not isinstance(teacher, str | None) or not isinstance(group.get("name"), str | None):
+        raise UsageError("teacher and method.name must be names.")
     if not teacher:
         raise UsageError(
             "Say which model to distil: --teacher digits, another name of `diffaccel list teachers`, or a folder."
         )
     info = TEACHERS.get(teacher)
-    method = get_method((chosen.get("method") or {}).get("name") or (info.method if info else "dmd")).name
+    method = get_method(group.get("name") or (info.method if info else "dmd")).name
     recipe = f"{teacher}-{method}" if f"{teacher}-{method}" in recipes("distill") else method
     return resolve(read_recipe("distill", recipe), config_file, assignments, flags)
 
@@ -43,6 +47,11 @@ def build_method(config: RunConfig):
     check_adapter(config.teacher)
     method_class = get_method(config.method["name"]).load()
     settings = method_settings(config, method_class.Config)
+    if settings.critic_warmup >= config.trainer.steps:
+        raise UsageError(
+            f"method.critic_warmup {settings.critic_warmup} leaves no student update in {config.trainer.steps} steps; "
+            "raise --steps, or lower it with --set method.critic_warmup=0."
+        )
     from ..models.data import load_images
     from ..models.teachers import denoiser_of, load_pipeline
 

@@ -101,7 +101,7 @@ def load_pipeline(name_or_path: str):
     from .pipeline import ClassConditionalPipeline
 
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"Cannot open {folder}: {reason}") from error
@@ -149,9 +149,13 @@ def read_index(folder: Path) -> dict:
     """model_index.json of a folder.
 
     Raises:
-        DataError: not readable as JSON.
+        DataError: not readable as JSON, or not an index of components.
     """
     try:
-        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / 'model_index.json'} is damaged: {error}.") from None
+    unet = index.get("unet", [None, None]) if isinstance(index, dict) else None
+    if not isinstance(unet, list) or len(unet) != 2:
+        raise DataError(f"{folder / 'model_index.json'} is damaged: it does not name the parts of a pipeline.")
+    return index

@@ -26,6 +26,15 @@ class OptimizerConfig:
     final_lr_fraction: float = 1.0
     clip: float = 1.0
 
+    def __post_init__(self):
+        for name in ("lr", "weight_decay", "warmup", "final_lr_fraction"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"Optimiser setting {name} must not be negative, got {getattr(self, name)}.")
+        if not self.clip > 0:
+            raise UsageError(f"Optimiser setting clip must be positive, got {self.clip}.")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UsageError(f"Optimiser setting betas must be two numbers in [0, 1), got {list(self.betas)}.")
+
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of training step ``step`` (0-based) of ``steps``."""
         ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

@@ -1,5 +1,6 @@
 """One run from settings to final/."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ..core.errors import UsageError
 from .method import Method
 from .recipes import RunConfig, complete
 from .rundir import RunDirectory, changed_settings, check_output
-from .trainer import Trainer
+from .trainer import Trainer, prepare
 
 
 def stored_settings(output: Path | None, method: str | None = None) -> dict:
@@ -49,14 +50,16 @@ def launch(
     Raises:
         UsageError, DataError, NumericalError, InterruptedRun: see `RunDirectory` and `Trainer`.
     """
-    with RunDirectory(output, complete(config, list(method.roles)), resume) as run:
-        try:
-            trainer = Trainer(method, config.trainer, run, evaluator, progress)
-        except UsageError:
-            if not resume:
-                run.discard()
-            raise
+    accelerator = prepare(config.trainer)
+    settings = complete(config, list(method.roles))
+    with RunDirectory(output, settings, resume, writes=accelerator.is_main_process) as run:
+        trainer = Trainer(method, config.trainer, run, accelerator, evaluator, progress)
         if resume:
             trainer.restore()
         trainer.fit()
     return output / "final"
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: the only one, or rank 0 under torchrun or accelerate launch."""
+    return int(os.environ.get("RANK", "0")) == 0

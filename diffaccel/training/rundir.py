@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,19 @@ class RunDirectory:
         path: the folder.
         config: resolved settings of the run.
         resume: continue a run that is there; otherwise the folder must be empty or new.
+        writes: False for processes beside the main one, which only read checkpoints.
 
     Raises:
         UsageError: the folder is not empty (without resume), holds no run or other settings (with resume), cannot be
             written, or another live process is using it.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any], resume: bool = False):
+    def __init__(self, path: str | Path, config: dict[str, Any], resume: bool = False, writes: bool = True):
         self.path = Path(path)
         self.config = config
+        self._descriptor: int | None = None
+        if not writes:
+            return
         check_output(self.path, resume)
         try:
             (self.path / "samples").mkdir(parents=True, exist_ok=True)
@@ -92,14 +95,6 @@ class RunDirectory:
         """Release the folder."""
         self._release()
 
-    def discard(self) -> None:
-        """Remove a new run that could not begin, so that the corrected command finds the folder free."""
-        shutil.rmtree(self.path / "samples")
-        for name in ("config.yaml", "run.json", ".lock"):
-            (self.path / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.path.rmdir()
-
     def _lock(self) -> None:
         """Lock the folder; the system lets go of the lock however this process ends."""
         lock = self.path / ".lock"
@@ -116,8 +111,10 @@ class RunDirectory:
         os.write(self._descriptor, str(os.getpid()).encode())
 
     def _release(self) -> None:
-        (self.path / ".lock").unlink(missing_ok=True)
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _sweep(self) -> None:
         """Remove what a killed process had under temporary names."""
@@ -144,3 +141,12 @@ def check_output(path: Path, resume: bool) -> None:
         raise UsageError(f"{path} holds no run to resume (no config.yaml).")
     if not resume and path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path} is not empty. Add --resume to continue the run in it, or give another --output.")
+
+
+def last_validation(path: Path) -> dict[str, float]:
+    """The newest validation values in a run's metrics.jsonl, without their prefix; empty if there are none."""
+    found: dict[str, float] = {}
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        prefix = "validation/"
+        found = {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)} or found
+    return found

@@ -29,6 +29,31 @@ from .rundir import RunDirectory
 from .signals import SignalGuard
 
 
+def prepare(config: TrainerConfig):
+    """The accelerate.Accelerator of a run: device, precision, processes.
+
+    Raises:
+        UsageError: a device that is not there, a batch that the processes and micro-batches do not divide, or another
+            precision than an earlier run of this process had.
+    """
+    from accelerate import Accelerator
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("trainer.device is cuda, but torch finds no CUDA device; use auto or cpu.")
+    try:
+        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    except ValueError as error:  # accelerate keeps one state per process
+        raise UsageError(f"trainer.precision {config.precision!r} cannot be used here: {error}") from None
+    parts = accelerator.num_processes * config.micro_batches
+    if config.batch_size % parts:
+        raise UsageError(
+            f"trainer.batch_size {config.batch_size} is not a multiple of processes × micro_batches = {parts}."
+        )
+    return accelerator
+
+
 class Trainer:
     """Trains the roles of a method inside a run directory.
 
@@ -39,6 +64,7 @@ class Trainer:
         method: roles, phases and losses.
         config: settings of the loop.
         run: where everything is written.
+        accelerator: from `prepare`, which is called if it is not given.
         evaluator: called with the moving average whenever a picture is drawn; its scalars are logged.
         progress: show a progress bar when stderr is a terminal.
     """
@@ -48,21 +74,11 @@ class Trainer:
         method: Method,
         config: TrainerConfig,
         run: RunDirectory,
+        accelerator=None,
         evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
         progress: bool = True,
     ):
-        from accelerate import Accelerator
-
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("trainer.device is cuda, but torch finds no CUDA device; use auto or cpu.")
-        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
-        parts = self.accelerator.num_processes * config.micro_batches
-        if config.batch_size % parts:
-            raise UsageError(
-                f"trainer.batch_size {config.batch_size} is not a multiple of processes × micro_batches = {parts}."
-            )
+        self.accelerator = accelerator or prepare(config)
         self.method, self.config, self.run, self.progress = method, config, run, progress
         self.evaluator = evaluator
         self.random = KeyedRandom(config.seed)

@@ -140,7 +140,7 @@ class DMD(Method):
         _, t = self._times(draw, 0.0, 1.0)
         eps = draw.normal("eps", self.teacher.sample_shape)
         total = denoising = self.roles["critic"].denoising_error(x, t, eps, condition).mean()
-        metrics = {"denoising": denoising.detach(), "sample_std": x.std()}
+        metrics = {"denoising": denoising.detach(), "sample_std": x.std(correction=0)}
         if "discriminator" in self.roles:
             total = total + self._discriminator_loss(draw, x, condition, metrics)
         return Loss(total, metrics)

@@ -69,8 +69,8 @@ class FDistill(DMD):
         weight = self.divergence.h(calibrated)
         self._weights += torch.stack([weight.sum(), torch.full_like(self.weight_mean, len(weight))])
         weight = weight / self.weight_mean
-        metrics["weight_std"] = weight.std()
-        metrics["ratio_std"] = calibrated.std()
+        metrics["weight_std"] = weight.std(correction=0)
+        metrics["ratio_std"] = calibrated.std(correction=0)
         metrics |= {f"ratio_mean_bin{k}": value for k, value in enumerate(self.ratio_means)}
         return weight
 
