@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from diffaccel.cli.distill import execute
 from diffaccel.cli.output import quiet_libraries, table
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.distill.run import resolve_distillation
+from diffaccel.distillation import run_distillation
 from diffaccel.evaluate.classes import class_report
 from diffaccel.evaluate.features import get_features
 from diffaccel.evaluate.frechet import distance
@@ -92,7 +92,7 @@ def main() -> None:
             settings = resolve_distillation({"teacher": "digits", "method": method, "trainer": {"seed": seed}})
             with tempfile.TemporaryDirectory() as folder:
                 started = time.process_time()
-                final = execute(settings, Path(folder) / "run", resume=False, quiet=True)
+                final = run_distillation(settings, Path(folder) / "run")
                 seconds = time.process_time() - started
                 images, labels = drawn(final, seed=seed)
                 log = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]

@@ -14,8 +14,10 @@ _PUBLIC = {
     "ClassConditionalPipeline": "diffaccel.models.pipeline",
     "DDIMScheduler": "diffaccel.samplers.scheduler",
     "DEISScheduler": "diffaccel.samplers.scheduler",
+    "distill_model": "diffaccel.distillation",
     "evaluate_fid": "diffaccel.evaluate.fid",
     "generate": "diffaccel.generation",
+    "get_sampler": "diffaccel.samplers.registry",
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
     # diffusers decides how to load a third-party component by looking for these names beside its class.

@@ -1,4 +1,7 @@
-"""Images from any model: a name, a folder or an opened pipeline. Sample i is the same whatever the batch size."""
+"""Images from any pixel model: a name, a folder or an opened pipeline.
+
+The random numbers of sample i depend on the seed and on i only; other batch sizes change images by rounding at most.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +40,7 @@ def generate(
         guidance_scale: classifier-free guidance, 1 for none (other values double the network evaluations).
         batch_size: images per network call.
         classes: classes to draw in turn; default all.
-        device: torch device; default CUDA where there is one.
+        device: torch device; default CUDA where there is one, and for an opened pipeline where it is.
         progress: show a bar on stderr.
 
     Yields:
@@ -59,7 +62,8 @@ def generate(
     wanted = torch.tensor(classes if classes is not None else range(pipeline.num_classes or 0), dtype=torch.long)
     if bool((wanted < 0).any()) or (pipeline.num_classes and bool((wanted >= pipeline.num_classes).any())):
         raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device or isinstance(model, (str, Path)):
+        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress)
 
 

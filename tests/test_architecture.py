@@ -25,7 +25,8 @@ RANK = {
     "generation": 4,
     "evaluate": 5,
     "testing": 5,
-    "cli": 6,
+    "distillation": 6,
+    "cli": 7,
 }
 # Arrows that point down and are forbidden all the same.
 FORBIDDEN = {

@@ -72,7 +72,10 @@ def main() -> None:
         if os.environ.get("DIFFACCEL_DEBUG"):
             raise
         if type(error).__name__ == "OutOfMemoryError":
-            _fail("The device ran out of memory: lower --batch-size, or raise trainer.micro_batches with --set.", 1)
+            _fail(
+                "The device ran out of memory: lower --batch-size, or split the batch with --set trainer.micro_batches=4 (also on --resume).",
+                1,
+            )
         _fail(f"Internal error: {type(error).__name__}: {error}. Set DIFFACCEL_DEBUG=1 for the traceback.", 1)
 
 

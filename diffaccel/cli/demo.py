@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.config import merge
-from .output import note, table
+from .output import note, quiet_libraries, table
 
 
 def demo(
@@ -27,13 +27,15 @@ def demo(
     from ..core.versions import library_versions
     from ..distill.run import resolve_distillation
     from ..training.launch import stored_settings
-    from .distill import execute
 
     run = output / "run"
     resume = (run / "config.yaml").is_file()
     wanted = {"teacher": "digits", "trainer": {"seed": seed}} | ({"method": {"name": method}} if method else {})
     settings = resolve_distillation(merge(stored_settings(run, method), wanted) if resume else wanted)
-    final = execute(settings, run, resume, quiet)
+    quiet_libraries()
+    from ..distillation import run_distillation
+
+    final = run_distillation(settings, run, resume, say=None if quiet else note)
     from ..evaluate.comparison import HEADER, Contender, compare_digits, gain, save_overview
     from ..evaluate.page import write_page
 
@@ -70,6 +72,7 @@ def demo(
     save_overview(rows, output / "overview.png")
     write_page(output / "report.html", "One-step digits", summary, rows, run, next_commands, facts)
     typer.echo(table(HEADER, [row.cells() for row in rows]))
+    typer.echo("FD is biased upwards by about 1/N: compare equal N, or the corrected column.")
     typer.echo(summary)
     typer.echo(f"Report: {output / 'report.html'}   Picture: {output / 'overview.png'}")
     if not quiet:

@@ -1,6 +1,5 @@
 """`diffaccel distill`: a one-step student from a teacher."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +9,6 @@ from ..core.config import merge, parse_overrides, read_yaml
 from ..core.errors import UsageError
 from . import options
 from .output import note, quiet_libraries, run_folder
-
-_VALIDATION_SAMPLES = 500
 
 
 def distill(
@@ -50,7 +47,7 @@ def distill(
 
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
-    from ..distill.run import build_method, resolve_distillation
+    from ..distill.run import resolve_distillation
     from ..models.teachers import check_adapter
     from ..training.launch import is_main_process, stored_settings
 
@@ -68,78 +65,24 @@ def distill(
     run_config = resolve_distillation(flags, config, settings)
     check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
+    quiet_libraries()
+    from ..distillation import report_student, run_distillation
+
     if dry_run:
-        quiet_libraries()
+        from ..distill.run import build_method
+
         _print_plan(build_method(run_config), run_config, folder)
         return
-    final = execute(run_config, folder, resume, quiet)
+    run_distillation(run_config, folder, resume, say=None if quiet else note)
     if not is_main_process():
         return
+    final = folder / "final"
     typer.echo(f"Finished: {final}, one network evaluation per image")
-    reference = _reference(run_config)
-    if reference:
-        from ..core.files import write_atomic
-        from ..evaluate.fid import evaluate_fid
-
-        report = evaluate_fid(final, reference, num=1000, seed=1)
-        write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    report = report_student(run_config, folder)
+    if report:
         typer.echo(str(report))
     if not quiet:
         note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
-
-
-def execute(run_config, folder: Path, resume: bool, quiet: bool) -> Path:
-    """Train a resolved run in ``folder`` and return its final/ folder."""
-    from ..distill.run import build_method
-    from ..training.launch import is_main_process, launch
-    from ..training.rundir import check_output
-
-    main = is_main_process()
-    if main:
-        check_output(folder, resume)
-    quiet_libraries()
-    method = build_method(run_config)
-    if main and not quiet:
-        name = run_config.method["name"]
-        note(f"Distilling {run_config.teacher!r} with {name} for {run_config.trainer.steps} steps in {folder}")
-    reference = _reference(run_config)
-    evaluator = _validator(method, reference) if reference else None
-    return launch(method, run_config, folder, resume, evaluator, progress=main and not quiet)
-
-
-def _reference(run_config) -> str | None:
-    """Real images to measure against: the teacher's own data set, or what the run was given."""
-    from ..models.teachers import TEACHERS
-
-    info = TEACHERS.get(run_config.teacher)
-    return (info.data if info else "") or run_config.data
-
-
-def _validator(method, reference: str):
-    """A function from the averaged student to its Fréchet distance on a fixed set of noise and conditions."""
-    import torch
-
-    from ..core.images import to_uint8
-    from ..core.rng import KeyedRandom
-    from ..evaluate.monitor import Monitor
-
-    monitor = Monitor(reference)
-    classes = method.teacher.num_classes
-
-    def evaluate(model) -> dict[str, float]:
-        device = next(model.parameters()).device
-        noise = KeyedRandom(0).normal("validation", 0, 0, _VALIDATION_SAMPLES, model.sample_shape).to(device)
-        labels = torch.arange(_VALIDATION_SAMPLES, device=device)
-        condition = {"class_labels": labels % classes} if classes else None
-        images = torch.cat(
-            [
-                method.generate(model, noise[part], condition and {k: v[part] for k, v in condition.items()})
-                for part in labels.split(100)
-            ]
-        )
-        return monitor(to_uint8(images.cpu()))
-
-    return evaluate
 
 
 def _print_plan(method, run_config, folder: Path) -> None:

@@ -17,7 +17,9 @@ Num = Annotated[int, typer.Option(min=2, help="Images to generate where a side i
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps for a model; default: the model's own.")]
 Sampler = Annotated[str | None, typer.Option(help="Sampler for a model; default: the model's own.")]
 Seed = Annotated[int, typer.Option(help="Seed of the generated images.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per generation batch; does not change the result.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images per generation batch; changes the result by rounding at most.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unusable image files out and list them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 

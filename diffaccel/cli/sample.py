@@ -28,9 +28,12 @@ def sample(
     guidance_scale: Annotated[
         float, typer.Option(help="Classifier-free guidance; other values than 1 double the NFE.")
     ] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Images per network call; does not change them.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per network call; changes them by rounding at most.")] = 256,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for one PNG per image.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for one PNG per image and dataset.json with the classes.", show_default=False
+        ),
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="One PNG with all images, ten a row.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default CUDA where there is one.")] = None,
@@ -53,14 +56,18 @@ def sample(
     if grid is not None and grid.suffix.lower() != ".png":
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
     wanted = _classes(classes)
-    from ..models.teachers import resolve_teacher
+    from ..models.teachers import read_index, resolve_teacher
 
-    resolve_teacher(model)  # here, because torch and diffusers take seconds to import
+    folder, _ = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
+    if steps is not None and steps > 1 and read_index(folder).get("num_inference_steps") == 1:
+        note("Note: this student was trained for one step; more steps make its images worse.")
     quiet_libraries()
     import torch
 
     _check_device(device)
+    from ..core.files import write_atomic
     from ..core.images import save_grid, save_png
+    from ..evaluate.sources import LABELS_FILE
     from ..generation import generate
 
     started = time.monotonic()
@@ -80,16 +87,20 @@ def sample(
         make_folder(output)
     if grid is not None:
         make_folder(grid.parent)
-    written, sheet = 0, []
-    for images, _labels in drawn:
+    written, sheet, named = 0, [], []
+    for images, labels in drawn:
         if output is not None:
             for index, image in enumerate(images, start=written):
                 save_png(image, output / f"{index:06d}.png")
+            if labels is not None:
+                named += [[f"{written + i:06d}.png", label] for i, label in enumerate(labels.tolist())]
         if grid is not None:
             sheet.append(images)
         written += len(images)
     if grid is not None:
         save_grid(torch.cat(sheet), grid)
+    if named:
+        write_atomic(output / LABELS_FILE, json.dumps({"labels": named}) + "\n")
     result = {"images": written, "seconds": round(time.monotonic() - started, 2)}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
     if as_json:

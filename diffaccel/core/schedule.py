@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from .errors import UsageError, unknown
@@ -36,7 +35,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def t_from_rho(self, rho) -> torch.Tensor:
-        """Exact inverse of `rho`, clipped to [t_min, t_max]."""
+        """Exact inverse of `rho`, clipped to [t_min, t_max] where times outside mean nothing (VP, VE)."""
 
     @abstractmethod
     def level_from_rho(self, rho) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,19 +93,26 @@ class VPDiscrete(_VariancePreserving):
         if table.numel() < 2 or bool((table <= 0).any()) or bool((table >= 1).any()) or bool((table.diff() >= 0).any()):
             raise UsageError("alphas_cumprod must be a strictly decreasing table of at least 2 values inside (0, 1).")
         self.alphas_cumprod = table
-        self._log_rho = (0.5 * (torch.log1p(-table) - torch.log(table))).numpy()
-        self._index = np.arange(table.numel(), dtype=np.float64)
+        self._tables = {table.device: 0.5 * (torch.log1p(-table) - torch.log(table))}  # log rho, a copy per device
         self.t_min, self.t_max = 0.0, float(table.numel() - 1)
 
     def rho(self, t):
-        t = _as64(t)
-        return torch.exp(_as64(np.interp(t.cpu().numpy(), self._index, self._log_rho))).to(t.device)
+        t = _as64(t).clamp(self.t_min, self.t_max)
+        table = self._log_rho(t.device)
+        below = t.floor().long().clamp(max=table.numel() - 2)
+        return torch.exp(torch.lerp(table[below], table[below + 1], t - below))
 
     def t_from_rho(self, rho):
-        rho = _as64(rho)
-        with np.errstate(divide="ignore"):
-            log_rho = np.log(rho.cpu().numpy())
-        return _as64(np.interp(log_rho, self._log_rho, self._index)).to(rho.device)
+        log_rho = torch.log(_as64(rho))
+        table = self._log_rho(log_rho.device)
+        log_rho = log_rho.clamp(table[0], table[-1])
+        above = torch.searchsorted(table, log_rho).clamp(1, table.numel() - 1)
+        return above - (table[above] - log_rho) / (table[above] - table[above - 1])
+
+    def _log_rho(self, device: torch.device) -> torch.Tensor:
+        if device not in self._tables:  # kept, so that training on a GPU never waits for the CPU here
+            self._tables[device] = next(iter(self._tables.values())).to(device)
+        return self._tables[device]
 
 
 class VPLinear(_VariancePreserving):
@@ -221,20 +227,49 @@ def _zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return rescaled
 
 
+def family(config: Mapping, name: str = "") -> str:
+    """What kind of model a diffusers scheduler's configuration belongs to: "vp", "flow" or "edm".
+
+    Args:
+        config: the configuration; flow-matching schedulers do not record that they are flows, only ``shift`` without
+            betas tells.
+        name: class name, where the configuration lacks ``_class_name``.
+
+    Raises:
+        UsageError: a scheduler of another kind (score-based VE SDE, IPNDM's own cosine, …).
+    """
+    name = name or str(config.get("_class_name", ""))
+    without_betas = "beta_start" not in config
+    if "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    if "shift" in config and without_betas:
+        return "flow"
+    if name.startswith("EDM") or ("sigma_data" in config and without_betas):
+        return "edm"
+    public = {key for key in config if not key.startswith("_")}
+    other = name.startswith(("ScoreSde", "IPNDM", "KarrasVe", "VQ", "RePaint")) or {"snr", "sigma_max"} <= public
+    if other or (public == {"num_train_timesteps", "trained_betas"} and config["trained_betas"] is None):
+        raise UsageError(
+            f"The noise schedule of {name or 'this scheduler'} is neither VP nor a flow; it cannot be used here."
+        )
+    return "vp"
+
+
 def from_diffusers(scheduler) -> NoiseSchedule:
     """Read the noise schedule of a diffusers scheduler, or of its config.
 
     Args:
-        scheduler: a SchedulerMixin object or its config mapping (`_class_name` tells flow and EDM classes apart).
+        scheduler: a SchedulerMixin object or its config mapping.
 
     Raises:
-        UsageError: a beta schedule that is not known.
+        UsageError: a kind or a beta schedule that is not known.
     """
-    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    name = config.get("_class_name", "") if isinstance(scheduler, Mapping) else type(scheduler).__name__
-    if "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    is_config = isinstance(scheduler, Mapping)
+    config = scheduler if is_config else scheduler.config
+    kind = family(config, "" if is_config else type(scheduler).__name__)
+    if kind == "flow":
         return Flow(config.get("num_train_timesteps", 1000))
-    if name.startswith("EDM"):
+    if kind == "edm":
         return VE(config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
     alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
     if config.get("rescale_betas_zero_snr"):

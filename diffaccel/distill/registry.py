@@ -42,7 +42,7 @@ METHODS = {
             "f-distill",
             "distribution matching under any f-divergence, weighted by a discriminator's density ratio; needs data",
             "Xu et al. 2025, One-step Diffusion Models with f-Divergence Distribution Matching (arXiv 2502.15681)",
-            "4 (student update) + 4 per critic update",
+            "3 (student update) + 4 per critic update",
             "diffaccel.distill.methods.f_distill:FDistill",
         ),
     )

@@ -60,5 +60,5 @@ def build_method(config: RunConfig):
     data = None
     if config.data:
         channels, *size = teacher.sample_shape
-        data = load_images(config.data, channels, tuple(size), teacher.num_classes is not None)
+        data = load_images(config.data, channels, tuple(size), teacher.num_classes)
     return method_class(teacher, dict(pipeline.scheduler.config), data, settings, config.trainer.seed)

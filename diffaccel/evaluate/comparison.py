@@ -9,6 +9,7 @@ import torch
 from ..core.images import save_png, sheet
 from ..generation import generate
 from ..models.data import load_digits
+from ..models.teachers import load_pipeline
 from .classes import class_report
 from .fid import evaluate_fid
 from .report import FrechetReport
@@ -85,12 +86,14 @@ def compare_digits(contenders: list[Contender], num: int = 1000, seed: int = 0) 
     """
     rows = []
     for contender in contenders:
+        pipeline = load_pipeline(contender.model)
         started = time.monotonic()
-        batches = list(generate(contender.model, num, steps=contender.steps, sampler=contender.sampler, seed=seed))
+        batches = list(generate(pipeline, num, steps=contender.steps, sampler=contender.sampler, seed=seed))
         seconds = time.monotonic() - started
+        nfe = contender.steps or pipeline.config.num_inference_steps
         images = torch.cat([batch for batch, _ in batches])
         labels = torch.cat([batch for _, batch in batches])
-        rows.append(_row(contender.label, _nfe(contender), images, labels, num / seconds))
+        rows.append(_row(contender.label, nfe, images, labels, num / seconds))
     return [*rows, _row("real, held out", 0, *load_digits("heldout"), None)]
 
 
@@ -124,9 +127,3 @@ def _row(label: str, nfe: int, images: torch.Tensor, labels: torch.Tensor, speed
     report = evaluate_fid((images, labels), "digits")
     order = torch.cat([torch.nonzero(labels == k)[:10, 0] for k in range(10)])
     return Row(label, nfe, report, class_report(images, labels, load_digits()), speed, images[order])
-
-
-def _nfe(contender: Contender) -> int:
-    from ..models.teachers import load_pipeline
-
-    return contender.steps or load_pipeline(contender.model).config.num_inference_steps

@@ -62,6 +62,11 @@ def evaluate_fid(
     result = estimate(moments["fake"], moments["real"])
     same = _digest(details["fake"]) is not None and _digest(details["fake"]) == _digest(details["real"])
     warnings += _cautions(counts, details, extractor.num_features, same)
+    if result.ci95 and result.ci95[1] < 0:
+        warnings.append(
+            "the interval lies below 0: a side has a fixed class mix without labels, which the jackknife takes for chance; "
+            "compare by the plug-in value"
+        )
     if same:  # the jackknife assumes two independent samples
         result = type(result)(result.value)
     return FrechetReport(

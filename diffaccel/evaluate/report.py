@@ -1,11 +1,10 @@
 """The result of a Fréchet evaluation: one record for people, JSON and tests."""
 
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
+
+from ..core.versions import library_versions
 
 SCHEMA = 1
-_PACKAGES = ("diffaccel", "torch", "diffusers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class FrechetReport:
     fake: dict
     real: dict
     warnings: list[str] = field(default_factory=list)
-    versions: dict = field(default_factory=lambda: library_versions())
+    versions: dict = field(default_factory=library_versions)
 
     def to_dict(self) -> dict:
         """JSON-able content with a schema number."""
@@ -52,17 +51,6 @@ class FrechetReport:
         lines.append(f"  real {_side(self.real, self.n_real)}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
-
-
-def library_versions() -> dict:
-    """Versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # running from a source folder
-            found[package] = "not installed"
-    return found
 
 
 def _side(details: dict, count: int | None) -> str:

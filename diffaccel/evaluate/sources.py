@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -15,6 +16,7 @@ from ..models.data import load_digits
 
 DATASETS = {"digits": ("train", "heldout", "all")}
 DEFAULT_NUM = 2000
+LABELS_FILE = "dataset.json"
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and, where classes are known, labels
 
@@ -86,6 +88,7 @@ class FolderSource(ImageSource):
         if not self._paths:
             raise DataError(f"{folder} contains no image files ({' '.join(EXTENSIONS)}).")
         super().__init__("folder", str(folder), self._stored_shape())
+        self._labels = _read_labels(folder)
 
     def _stored_shape(self) -> tuple[int, int, int]:
         if not self._skip_bad:
@@ -97,8 +100,13 @@ class FolderSource(ImageSource):
 
     def _batches(self, channels, batch_size):
         files = ImageFiles(self._paths, channels, skip_bad=self._skip_bad, root=self._folder)
+        names = (path.relative_to(self._folder).as_posix() for path in self._paths)
+        labels = torch.tensor([self._labels.get(name, -1) for name in names])
+        known = len(labels) > 0 and bool((labels >= 0).all()) and not self._skip_bad
+        start = 0
         for images in _stacked(files, batch_size):
-            yield images, None
+            yield images, labels[start : start + len(images)] if known else None
+            start += len(images)
         self.details = {
             "count": files.count,
             "digest": files.digest,
@@ -200,6 +208,17 @@ def resolve(side, generation: Generation | None = None, skip_bad: bool = False) 
     if text in _teachers():
         return ModelSource(text, text, generation)
     raise DataError(_not_found(text))
+
+
+def _read_labels(folder: Path) -> dict[str, int]:
+    """Classes by file name from dataset.json, in the form of EDM and StyleGAN: {"labels": [["000000.png", 3], …]}."""
+    file = folder / LABELS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return {str(name): int(label) for name, label in json.loads(file.read_text())["labels"] or []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not a list of labels: {error}.") from None
 
 
 def _dataset(text: str, dataset: str, split: str) -> TensorSource:

@@ -66,30 +66,35 @@ class RealImages:
         return images, None if self.labels is None else {"class_labels": self.labels[index].to(draw.device)}
 
 
-def load_images(source: str, channels: int, size: tuple[int, int], with_labels: bool) -> RealImages:
+def load_images(source: str, channels: int, size: tuple[int, int], num_classes: int | None) -> RealImages:
     """Training images by data set name, or from a folder.
 
     Args:
-        source: "digits" (its training split) or a folder of images; with labels, one sub-folder per class in
-            alphabetical order.
+        source: "digits" (its training split) or a folder of images; for a model with classes, one sub-folder per class
+            in alphabetical order.
         channels, size: what the model takes; (height, width).
-        with_labels: whether the model has classes.
+        num_classes: number of the model's classes, None for none.
 
     Raises:
-        DataError: missing or empty folder, unreadable images, wrong sizes, images outside the class folders.
+        DataError: missing or empty folder, unreadable images, wrong sizes, folders that are not the model's classes,
+            images outside the class folders.
     """
     if source == "digits":
         images, labels = load_digits("train")
-        return RealImages(images, labels if with_labels else None)
+        if (channels, *size) != tuple(images.shape[1:]) or num_classes not in (None, 10):
+            raise DataError(f"The digits are 1×8×8 in 10 classes; this model takes {channels}×{size[0]}×{size[1]}.")
+        return RealImages(images, labels if num_classes else None)
     root = Path(source)
     if not root.is_dir():
         raise DataError(f"No data set or image folder {source!r}; give `digits` or an existing folder.")
     classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if with_labels and not classes:
-        raise DataError(f"{root} has no class folders; this model needs one sub-folder of images per class.")
-    groups = [find_images(folder) for folder in classes] if with_labels else [find_images(root)]
+    groups = [find_images(folder) for folder in classes] if num_classes else [find_images(root)]
+    if num_classes and len(classes) != num_classes:
+        raise DataError(f"{root} has {len(classes)} class folders; this model needs one for each of its {num_classes}.")
+    if num_classes and sum(map(len, groups)) != len(find_images(root)):
+        raise DataError(f"{root} has images outside its class folders.")
     images = read_images([path for group in groups for path in group], channels)
     if tuple(images.shape[-2:]) != tuple(size):
         raise DataError(f"{root} has images of {tuple(images.shape[-2:])} pixels; this model takes {tuple(size)}.")
     labels = [index for index, group in enumerate(groups) for _ in group]
-    return RealImages(images, torch.tensor(labels) if with_labels else None)
+    return RealImages(images, torch.tensor(labels) if num_classes else None)

@@ -18,6 +18,7 @@ class TeacherInfo:
     licence: of the weights.
     data: name of the real images that belong to it, or "".
     method: recommended distillation method.
+    pixels: whether this version can distil and sample it itself; the others take its schedulers in diffusers.
     """
 
     name: str
@@ -27,12 +28,17 @@ class TeacherInfo:
     licence: str
     data: str = ""
     method: str = "dmd"
+    pixels: bool = False
 
 
+_SCHEDULERS_ONLY = (
+    "Note that this version distils and samples pixel models only; for this one, its schedulers work inside diffusers: "
+    "pipe.scheduler = diffaccel.DEISScheduler.from_config(pipe.scheduler.config)."
+)
 TEACHERS = {
     info.name: info
     for info in (
-        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "0.7 MB", "Apache-2.0", "digits"),
+        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "0.7 MB", "Apache-2.0", "digits", pixels=True),
         TeacherInfo("sd15", "Stable Diffusion 1.5, text to 512×512", "stable-diffusion-v1-5/stable-diffusion-v1-5", "2.7 GB", "CreativeML OpenRAIL-M"),
         TeacherInfo("sd21", "Stable Diffusion 2.1, text to 768×768", "stabilityai/stable-diffusion-2-1", "2.6 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("sdxl", "Stable Diffusion XL, text to 1024×1024", "stabilityai/stable-diffusion-xl-base-1.0", "6.9 GB", "CreativeML OpenRAIL++-M"),
@@ -40,7 +46,7 @@ TEACHERS = {
         TeacherInfo("flux", "FLUX.1 dev, flow transformer", "black-forest-labs/FLUX.1-dev", "34 GB", "FLUX.1 dev non-commercial (gated)"),
         TeacherInfo("pixart", "PixArt-α, text to 1024×1024", "PixArt-alpha/PixArt-XL-2-1024-MS", "22 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("dit", "DiT-XL/2, ImageNet classes to 256×256", "facebook/DiT-XL-2-256", "3.0 GB", "CC BY-NC 4.0"),
-        TeacherInfo("ddpm-cifar10", "DDPM, unconditional 32×32 pixels", "google/ddpm-cifar10-32", "0.14 GB", "Apache-2.0"),
+        TeacherInfo("ddpm-cifar10", "DDPM, unconditional 32×32 pixels", "google/ddpm-cifar10-32", "0.14 GB", "Apache-2.0", pixels=True),
     )
 }  # fmt: skip
 
@@ -80,7 +86,8 @@ def resolve_teacher(name_or_path: str) -> tuple[Path, TeacherInfo | None]:
             f"The weights of {info.name!r} ({info.summary}) are not on this machine and are not downloaded silently. "
             f"They are the hub repository {info.repository}, about {info.size}, licence: {info.licence}. "
             f"Fetch them with `hf download {info.repository}`, or, if you have a copy in diffusers layout, "
-            f"give its folder instead of the name: --teacher /path/to/folder."
+            f"give its folder instead of the name (--teacher /path/to/folder)."
+            + ("" if info.pixels else f" {_SCHEDULERS_ONLY}")
         )
     return Path(cached).parent, info
 
@@ -92,20 +99,32 @@ def load_pipeline(name_or_path: str):
     all of them are called the same way.
 
     Raises:
-        UsageError, DataError, MissingWeightsError: as `resolve_teacher`; DataError for damaged weights.
+        UsageError, DataError, MissingWeightsError: as `resolve_teacher`; DataError for damaged weights, and UsageError
+            for a class-conditional pixel model of another pipeline, whose last class is not a null class.
     """
     folder, _ = resolve_teacher(str(name_or_path))
     index = read_index(folder)
     import diffusers
+    from diffusers.utils import logging
 
     from .pipeline import ClassConditionalPipeline
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"Cannot open {folder}: {reason}") from error
-    if index.get("unet", [None, None])[1] == "UNet2DModel" and not isinstance(pipeline, ClassConditionalPipeline):
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if _is_pixel_model(index) and not isinstance(pipeline, ClassConditionalPipeline):
+        if pipeline.unet.config.num_class_embeds:
+            raise UsageError(
+                f"{name_or_path} has classes but no null class. Save it as a diffaccel.ClassConditionalPipeline whose "
+                "UNet has one more class embedding, trained with dropped labels."
+            )
         pipeline = ClassConditionalPipeline(pipeline.unet, pipeline.scheduler, num_inference_steps=50)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -129,7 +148,7 @@ def check_adapter(name_or_path: str) -> None:
         UsageError, DataError, MissingWeightsError: as `load_denoiser`.
     """
     index = read_index(resolve_teacher(name_or_path)[0])
-    if index.get("unet", [None, None])[1] != "UNet2DModel":
+    if not _is_pixel_model(index):
         raise UsageError(
             f"{name_or_path} is a {index.get('_class_name')}; training works with pixel models "
             "(UNet2DModel: the embedded digits, DDPM-type folders) in this version."
@@ -137,12 +156,25 @@ def check_adapter(name_or_path: str) -> None:
 
 
 def denoiser_of(pipeline):
-    """The Denoiser of an opened pixel pipeline; it shares the pipeline's network."""
-    from ..core.schedule import from_diffusers
+    """The Denoiser of an opened pixel pipeline; it shares the pipeline's network.
+
+    Raises:
+        UsageError: a noise schedule that is neither VP nor a flow.
+    """
+    from ..core.schedule import VE, Flow, from_diffusers
     from .unet2d import UNet2DDenoiser
 
-    config = pipeline.scheduler.config
-    return UNet2DDenoiser(pipeline.unet, from_diffusers(pipeline.scheduler), config.get("prediction_type", "epsilon"))
+    schedule = from_diffusers(pipeline.scheduler)
+    if isinstance(schedule, VE):
+        raise UsageError("EDM-preconditioned networks are not supported; only VP (DDPM) and flow models are.")
+    default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
+    return UNet2DDenoiser(pipeline.unet, schedule, pipeline.scheduler.config.get("prediction_type") or default)
+
+
+def _is_pixel_model(index: dict) -> bool:
+    """Whether a pipeline consists of a UNet2DModel and a scheduler, and nothing else (a VAE makes it latent)."""
+    parts = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    return parts == {"unet", "scheduler"} and index["unet"][1] == "UNet2DModel"
 
 
 def read_index(folder: Path) -> dict:

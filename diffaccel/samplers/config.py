@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from ..core.errors import UsageError, unknown
 from ..core.grids import ENDS, GRIDS, SHIFT_TYPES
 from ..core.prediction import PREDICTION_TYPES
+from ..core.schedule import family
 
 TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
 
@@ -119,13 +120,12 @@ def translated(config: Mapping) -> dict:
         UsageError: a scheduler whose network input is preconditioned (EDM), or a grid that does not exist here.
     """
     config = dict(config)
-    name = str(config.get("_class_name", ""))
-    without_betas = "beta_start" not in config
-    if name.startswith("EDM") or ("sigma_data" in config and without_betas):
+    kind = family(config)
+    if kind == "edm":
         raise UsageError("EDM schedulers precondition the network themselves and cannot be replaced: keep them.")
     if config.get("use_beta_sigmas"):
         raise UsageError(f"use_beta_sigmas is not available; set it to False and grid to one of {', '.join(GRIDS)}.")
-    if "FlowMatch" in name or ("shift" in config and without_betas):
+    if kind == "flow" and "beta_start" not in config:
         if config.get("invert_sigmas"):
             raise UsageError("invert_sigmas (Mochi) is not available; use the pipeline's own scheduler.")
         config.pop("_class_name", None)

@@ -53,7 +53,7 @@ class TrainerConfig:
     optimizers: settings by role name.
     log_every, sample_every, checkpoint_every: intervals in training steps; 0 for sample/checkpoint means only at the end.
     keep: number of checkpoints kept.
-    device: "auto" (CUDA, MPS or CPU, whichever is there), "cpu" or "cuda".
+    device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
     precision: "no" (float32) or "bf16" (autocast).
     threads: CPU threads; 0 leaves torch's default. More than one only pays where nothing else runs.
     """

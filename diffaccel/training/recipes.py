@@ -1,6 +1,5 @@
 """Recipes: YAML files that travel with the package, and the settings of one run that they resolve to."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -90,8 +89,3 @@ def complete(config: RunConfig, roles: list[str]) -> dict[str, Any]:
         if name not in roles:
             raise unknown("role in trainer.optimizers", str(name), roles)
     return {key: value for key, value in to_dict(config).items() if value is not None}
-
-
-def fields_of(settings_class: type) -> list[str]:
-    """Names of a Config's settings, for help texts and errors."""
-    return [field.name for field in dataclasses.fields(settings_class)]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ try:
     import fcntl
 except ImportError:  # Windows: runs are not protected from each other there
     fcntl = None
+
+
+# Settings that may change when a run is resumed: what they affect is equal up to rounding, or not the result at all.
+RESUMABLE = {
+    f"trainer.{name}"
+    for name in ("micro_batches", "device", "threads", "log_every", "sample_every", "checkpoint_every", "keep")
+}
 
 
 class RunDirectory:
@@ -48,14 +56,17 @@ class RunDirectory:
             raise UsageError(f"Cannot write to {self.path}: {error.strerror}.") from None
         try:
             if resume:
-                changed = differences(read_yaml(self.path / "config.yaml"), config)
+                stored = read_yaml(self.path / "config.yaml")
+                # A setting that the stored file lacks is new in this version of the package.
+                changed = [
+                    line for line in differences(stored, config) if not line.partition(": ")[2].startswith("None ->")
+                ]
+                changed = [line for line in changed if line.partition(":")[0] not in RESUMABLE]
                 if changed:
                     raise changed_settings(self.path, changed)
                 self._sweep()
-            else:
-                write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            record = {"command": sys.argv, "versions": library_versions(), "pid": os.getpid()}
-            write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            self._record_start()
         except BaseException:
             self._release()
             raise
@@ -84,7 +95,7 @@ class RunDirectory:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break  # the process died while writing this line
-            if record.get("step", 0) <= step:
+            if record.get("step", 0) <= step and step > 0:
                 kept.append(line + "\n")
         write_atomic(file, "".join(kept))
 
@@ -94,6 +105,15 @@ class RunDirectory:
     def __exit__(self, *exception) -> None:
         """Release the folder."""
         self._release()
+
+    def _record_start(self) -> None:
+        """Add this start to run.json: a list of the commands and versions that the run went through."""
+        file = self.path / "run.json"
+        starts = json.loads(file.read_text())["starts"] if file.is_file() else []
+        starts.append(
+            {"command": sys.argv, "versions": library_versions(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        )
+        write_atomic(file, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def _lock(self) -> None:
         """Lock the folder; the system lets go of the lock however this process ends."""

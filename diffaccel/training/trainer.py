@@ -42,8 +42,9 @@ def prepare(config: TrainerConfig):
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("trainer.device is cuda, but torch finds no CUDA device; use auto or cpu.")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()  # not MPS: it has no float64, which schedules need
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=config.precision)
     except ValueError as error:  # accelerate keeps one state per process
         raise UsageError(f"trainer.precision {config.precision!r} cannot be used here: {error}") from None
     parts = accelerator.num_processes * config.micro_batches
@@ -57,8 +58,9 @@ def prepare(config: TrainerConfig):
 class Trainer:
     """Trains the roles of a method inside a run directory.
 
-    A run that was killed at any moment and resumed ends with bit-identical weights: all randomness is keyed by step
-    and sample index, learning rates are functions of the step, and checkpoints appear by one rename.
+    A run that was killed at any moment and resumed ends with bit-identical weights (on CUDA: up to its own
+    non-deterministic kernels): all randomness is keyed by step and sample index, learning rates are functions of the
+    step, and checkpoints appear by one rename.
 
     Args:
         method: roles, phases and losses.
@@ -177,39 +179,45 @@ class Trainer:
     def _update(self, phase: Phase, repeat: int) -> None:
         for name, module in self.method.roles.items():
             module.requires_grad_(name in phase.trains)
+        losses = []
         for draw in self._draws(phase, repeat):
             with self.accelerator.autocast():
                 loss = self.method.loss(phase, draw)
-            value = float(loss.total.detach())
-            if not math.isfinite(value):
-                raise NumericalError(
-                    f"The {phase.name} loss is {value} at step {self.step}; no weight was changed by it. "
-                    f"Checkpoints up to here are kept in {self.run.checkpoints}. A lower learning rate usually helps."
-                )
             self.accelerator.backward(loss.total / self.config.micro_batches)
-            self._sums[f"{phase.name}/loss"].append(value)
+            losses.append(loss.total.detach().float())
             for key, metric in loss.metrics.items():
                 self._sums[f"{phase.name}/{key}"].append(metric)
-        for name in phase.trains:
-            self._apply(name, phase)
+        norms = [self._clip(role) for role in phase.trains]
+        # One transfer for all that must be finite, before any optimiser moves.
+        values = torch.stack([*losses, *norms]).tolist()
+        for name, value in zip(
+            [f"{phase.name} loss"] * len(losses) + [f"gradient of {r}" for r in phase.trains], values, strict=True
+        ):
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"The {name} is {value} in the {phase.name} update of step {self.step}; no weight was changed by it. "
+                    f"Checkpoints up to here are kept in {self.run.checkpoints}; a new run with a lower learning rate "
+                    "usually helps."
+                )
+        self._sums[f"{phase.name}/loss"] += values[: len(losses)]
+        for role, norm in zip(phase.trains, values[len(losses) :], strict=True):
+            self._sums[f"{phase.name}/grad_norm_{role}"].append(norm)
+            self._apply(role)
 
-    def _apply(self, role: str, phase: Phase) -> None:
-        settings, optimizer = self._settings(role), self.optimizers[role]
+    def _clip(self, role: str) -> torch.Tensor:
+        """Average the gradients of a role over processes and clip them; return their norm before clipping."""
         parameters = [p for p in self.method.roles[role].parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
-        if not math.isfinite(norm):
-            raise NumericalError(
-                f"The gradient of {role} is not finite in the {phase.name} update of step {self.step}; "
-                f"no weight was changed by it. Checkpoints up to here are kept in {self.run.checkpoints}."
-            )
+        return nn.utils.clip_grad_norm_(parameters, self._settings(role).clip).float()
+
+    def _apply(self, role: str) -> None:
+        optimizer = self.optimizers[role]
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(self.step, self.config.steps)
+            group["lr"] = self._settings(role).lr_at(self.step, self.config.steps)
         optimizer.step()
         optimizer.zero_grad()
-        self._sums[f"{phase.name}/grad_norm_{role}"].append(norm)
 
     def _draws(self, phase: Phase, repeat: int):
         """The micro-batches of this process, as keyed random numbers."""

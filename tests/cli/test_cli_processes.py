@@ -22,7 +22,9 @@ def test_two_processes_equal_one(tmp_path, method):
         [*launcher, *command, "-o", tmp_path / "two"], check=True, env=environment, capture_output=True, text=True
     )
     assert done.stdout.count("Finished") == 1
-    one, two = (load_file(tmp_path / name / "final/unet/diffusion_pytorch_model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "final/unet/diffusion_pytorch_model.safetensors") for name in ("one", "two")
+    )
     # AdamW turns rounding of near-zero gradients into steps of the size of lr: hence few steps at a usual lr.
     assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]

@@ -27,7 +27,7 @@ def teacher() -> UNet2DDenoiser:
 
 
 def data():
-    return load_images("digits", 1, (8, 8), True)
+    return load_images("digits", 1, (8, 8), 10)
 
 
 def trained(method, folder, steps=5, batch_size=8, **changes) -> DMD:
@@ -155,6 +155,31 @@ def test_the_teacher_is_never_trained(tmp_path):
     trained(method, tmp_path / "run", steps=3)
     assert torch.equal(before, nn.utils.parameters_to_vector(method.teacher.parameters()))
     assert not any(p.requires_grad or p.grad is not None for p in method.teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{}, {"clip_sample": True}, {"thresholding": True}, {"timestep_spacing": "leading"}, {"grid": "leading"},
+     {"final_sigmas_type": "sigma_min"}, {"use_karras_sigmas": True}],
+    ids=str,
+)  # fmt: skip
+def test_the_exported_pipeline_is_the_trained_generator(tmp_path, odd):
+    config = {**load_pipeline("digits").scheduler.config, **odd}
+    config.pop("_use_default_values", None)
+    method = DMD(teacher(), config, None, DMD.Config())
+    student = method.roles["student"].eval()
+    method.export(student, tmp_path / "final")
+    noise, labels = KeyedRandom(0).normal("z", 0, 0, 6, (1, 8, 8)), torch.arange(6)
+    images = load_pipeline(tmp_path / "final")(class_labels=labels, noise=noise, output_type="pt").images
+    with torch.no_grad():
+        expected = method.generate(student, noise, {"class_labels": labels})
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+def test_guidance_needs_classes():
+    unconditional = UNet2DDenoiser(tiny_unet(None), teacher().schedule, "v_prediction")
+    with pytest.raises(UsageError, match="guidance_scale"):
+        DMD(unconditional, {}, None, DMD.Config(guidance_scale=2.0))
 
 
 def test_a_discriminator_needs_data():

@@ -4,11 +4,27 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+    ScoreSdeVeScheduler,
+)
 from networks import tiny_unet
 
 from diffaccel.core.errors import DataError, MissingWeightsError, UsageError
-from diffaccel.models.teachers import TEACHERS, check_adapter, load_denoiser, load_pipeline, resolve_teacher
+from diffaccel.core.schedule import Flow
+from diffaccel.models.pipeline import ClassConditionalPipeline
+from diffaccel.models.teachers import (
+    TEACHERS,
+    check_adapter,
+    denoiser_of,
+    load_denoiser,
+    load_pipeline,
+    resolve_teacher,
+)
 
 
 def test_a_misspelt_name_gets_the_nearest_one():
@@ -46,6 +62,29 @@ def test_folders_that_are_not_pixel_models_are_refused_by_name(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         check_adapter(str(tmp_path))
+
+
+def test_a_flow_model_is_read_as_a_flow(tmp_path):
+    pipeline = ClassConditionalPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler())
+    denoiser = denoiser_of(pipeline)
+    assert isinstance(denoiser.schedule, Flow) and denoiser.prediction_type == "flow_prediction"
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), ScoreSdeVeScheduler(), IPNDMScheduler()])
+def test_other_noise_schedules_are_refused(scheduler):
+    with pytest.raises(UsageError):
+        denoiser_of(ClassConditionalPipeline(tiny_unet(), scheduler))
+
+
+def test_latent_models_and_models_without_a_null_class_are_refused(tmp_path):
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    latent = {**index, "_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(latent))
+    with pytest.raises(UsageError, match="LDMPipeline"):
+        check_adapter(str(tmp_path))
+    DDPMPipeline(tiny_unet(10), DDPMScheduler()).save_pretrained(tmp_path / "ten")
+    with pytest.raises(UsageError, match="null class"):
+        load_pipeline(tmp_path / "ten")
 
 
 def test_the_pipeline_checks_its_labels_and_noise():

@@ -120,7 +120,7 @@ def test_a_phase_moves_only_its_roles(tmp_path):
 
 def test_a_nan_stops_before_it_touches_a_weight(tmp_path):
     method = Regression(Regression.Config(poison_at=6))
-    with pytest.raises(NumericalError, match="fit loss is nan at step 6"):
+    with pytest.raises(NumericalError, match="fit loss is nan in the fit update of step 6"):
         trained(tmp_path / "run", method=method)
     assert torch.isfinite(method.roles["model"].weight).all()
     path, _ = latest_checkpoint(tmp_path / "run/checkpoints", print)

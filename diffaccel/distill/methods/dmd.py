@@ -69,7 +69,22 @@ class DMD(Method):
         config: Config,
         seed: int = 0,
     ):
-        self.config, self.data, self.scheduler_config = config, data, scheduler_config
+        self.config, self.data = config, data
+        # One step from the noisiest time to the clean end, whatever else the teacher's scheduler was set to.
+        self.scheduler = DDIMScheduler.from_config(
+            scheduler_config,
+            timestep_spacing="trailing",
+            grid=None,
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            final_sigmas_type="zero",
+            set_alpha_to_one=True,
+            clip_sample=False,
+            thresholding=False,
+            eta=0.0,
+        )
+        if config.guidance_scale != 1.0 and teacher.null_condition(1) is None:
+            raise UsageError("method.guidance_scale needs a teacher with classes and a null class.")
         self.teacher = teacher.eval().requires_grad_(False)
         self.real = Guided(self.teacher, config.guidance_scale)
         self.schedule = teacher.schedule
@@ -124,8 +139,7 @@ class DMD(Method):
         return self.generate(model, noise, {"class_labels": labels % classes} if classes else None)
 
     def export(self, model: NetworkDenoiser, folder: Path) -> None:
-        scheduler = DDIMScheduler.from_config(self.scheduler_config, timestep_spacing="trailing")
-        ClassConditionalPipeline(model.net, scheduler, num_inference_steps=1).save_pretrained(folder)
+        ClassConditionalPipeline(model.net, self.scheduler, num_inference_steps=1).save_pretrained(folder)
 
     # Losses.
 
@@ -162,7 +176,8 @@ class DMD(Method):
         metrics["discriminator_accuracy"] = right.mean()
         clean = (u < low + 0.2 * (high - low)).float()
         # Near pure noise the two distributions coincide and 0.5 is right; what is learnt shows at the clean end.
-        metrics["discriminator_accuracy_clean_fifth"] = (right * clean).sum() / clean.sum().clamp_min(1.0)
+        # Times are stratified over the whole batch, so a fifth of it is clean, however it is split.
+        metrics["discriminator_accuracy_clean_fifth"] = (right * clean).mean() / 0.2
         total = F.softplus(-real_logit).mean() + F.softplus(fake_logit).mean()
         if self.config.r1_weight > 0:
             with torch.no_grad():
@@ -176,14 +191,15 @@ class DMD(Method):
         x = self.generate(self.roles["student"], draw.normal("latent", self.teacher.sample_shape), condition)
         u, t = self._times(draw, *config.time_range)
         x_t = self.teacher.noised(x, t, draw.normal("eps", self.teacher.sample_shape))
-        logit = None
+        logit = real = None
         if "discriminator" in self.roles:
             with torch.set_grad_enabled(config.gan_weight > 0):
-                _, features = self.teacher.forward_with_features(x_t, t, condition)
+                real, features = self.teacher.forward_with_features(x_t, t, condition)
                 logit = self.roles["discriminator"](features)
         metrics: dict[str, torch.Tensor | float] = {}
         with torch.no_grad():
-            real = self.real(x_t, t, condition)
+            if real is None or config.guidance_scale != 1.0:
+                real = self.real(x_t, t, condition)
             fake = self.roles["critic"](x_t, t, condition)
             each = tuple(range(1, x.ndim))
             normalizer = (x - real).abs().mean(each, keepdim=True) + 1e-6  # DMD, equation 8

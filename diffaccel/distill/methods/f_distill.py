@@ -62,7 +62,7 @@ class FDistill(DMD):
             return super().sample_weight(u, logit, metrics)
         low, high = self.config.time_range
         bins = ((u - low) / (high - low) * BINS).long().clamp_(0, BINS - 1)
-        ratio = logit.clamp(-10.0, 10.0).exp()
+        ratio = logit.float().clamp(-10.0, 10.0).exp()
         self._seen[0].index_add_(0, bins, ratio)
         self._seen[1].index_add_(0, bins, torch.ones_like(ratio))
         calibrated = (ratio / self.ratio_means[bins]).clamp(*self.config.ratio_range)

@@ -1,0 +1,119 @@
+"""Distillation from Python: one call from a teacher to a measured one-step student."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .core.files import write_atomic
+from .core.images import to_uint8
+from .core.rng import KeyedRandom
+from .distill.run import build_method, resolve_distillation
+from .evaluate.fid import evaluate_fid
+from .evaluate.monitor import Monitor
+from .evaluate.report import FrechetReport
+from .models.teachers import TEACHERS
+from .training.launch import is_main_process, launch, stored_settings
+from .training.recipes import RunConfig
+from .training.rundir import check_output
+
+_VALIDATION_SAMPLES = 500
+
+
+def distill_model(
+    teacher: str,
+    output: str | Path,
+    *,
+    method: str | None = None,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Distil a teacher into a one-step student, like `diffaccel distill`.
+
+    Args:
+        teacher: name in `diffaccel list teachers`, or a model folder.
+        output: run folder, new or empty.
+        method: "dmd" or "f-distill"; default: the teacher's recommended one.
+        data: real images for a discriminator: "digits" or a folder.
+        settings: assignments as for ``--set``, such as "trainer.steps=100".
+        resume: continue the run in ``output``; settings must be those it was started with.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The folder final/ of the run, for `diffusers.DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        UsageError, DataError, MissingWeightsError, NumericalError, InterruptedRun: one sentence each.
+    """
+    wanted = {"teacher": teacher, "data": data, "method": {"name": method} if method else None}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    if resume:
+        wanted = stored_settings(Path(output), method) | wanted
+    config = resolve_distillation(wanted, None, list(settings))
+    return run_distillation(config, Path(output), resume, progress=progress)
+
+
+def run_distillation(
+    config: RunConfig,
+    folder: Path,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Train a resolved run in ``folder`` and return its final/ folder.
+
+    Args:
+        say: takes one line about what starts; None for silence.
+        progress: show a bar on a terminal; default: if ``say`` is given.
+    """
+    main = is_main_process()
+    if main:
+        check_output(folder, resume)
+    method = build_method(config)
+    if main and say:
+        name, steps = config.method["name"], config.trainer.steps
+        say(f"Distilling {config.teacher!r} with {name} for {steps} steps in {folder}")
+    source = reference(config)
+    evaluator = _validator(method, source) if source else None
+    bar = bool(say) if progress is None else progress
+    return launch(method, config, folder, resume, evaluator, progress=main and bar)
+
+
+def report_student(config: RunConfig, folder: Path) -> FrechetReport | None:
+    """Measure final/ against the run's real images and write report.json; None where there are none."""
+    source = reference(config)
+    if not source:
+        return None
+    report = evaluate_fid(folder / "final", source, num=1000, seed=1)
+    write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+def reference(config: RunConfig) -> str | None:
+    """Real images to measure against: the teacher's own data set, or what the run was given."""
+    info = TEACHERS.get(config.teacher)
+    return (info.data if info else "") or config.data
+
+
+def _validator(method, source: str) -> Callable:
+    """A function from the averaged student to its Fréchet distance on a fixed set of noise and conditions."""
+    monitor = Monitor(source)
+    classes = method.teacher.num_classes
+
+    def evaluate(model) -> dict[str, float]:
+        device = next(model.parameters()).device
+        noise = KeyedRandom(0).normal("validation", 0, 0, _VALIDATION_SAMPLES, model.sample_shape).to(device)
+        labels = torch.arange(_VALIDATION_SAMPLES, device=device)
+        condition = {"class_labels": labels % classes} if classes else None
+        images = torch.cat(
+            [
+                method.generate(model, noise[part], condition and {k: v[part] for k, v in condition.items()})
+                for part in labels.split(100)
+            ]
+        )
+        return monitor(to_uint8(images.cpu()))
+
+    return evaluate
