@@ -49,7 +49,6 @@ def distill(
     """
     from ..distill.run import resolve_distillation
     from ..models.teachers import check_adapter
-    from ..training.launch import is_main_process, stored_settings
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
     if divergence is not None and method not in (None, "f-distill"):
@@ -59,6 +58,8 @@ def distill(
     given = {"teacher": teacher, "data": data, "method": chosen or None}
     flags |= {key: value for key, value in given.items() if value is not None}
     if resume:
+        from ..training.launch import stored_settings
+
         # What this command names lies over what is stored, so that a change is refused instead of ignored.
         stored = stored_settings(output, chosen.get("name"))
         flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
@@ -67,6 +68,7 @@ def distill(
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
     quiet_libraries()
     from ..distillation import report_student, run_distillation
+    from ..training.launch import is_main_process
 
     if dry_run:
         from ..distill.run import build_method

@@ -23,7 +23,7 @@ def test_run_folder(tiny_run):
 
 
 def test_run_record_and_metrics(tiny_run):
-    record = json.loads((tiny_run / "run.json").read_text())
+    (record,) = json.loads((tiny_run / "run.json").read_text())["starts"]
     assert record["command"][:2] == ["diffaccel", "distill"] and {"torch", "diffusers"} <= set(record["versions"])
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "student/loss" in line] == [1, 2, 3, 4, 5, 6]

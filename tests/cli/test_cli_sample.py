@@ -27,7 +27,10 @@ def sample(run, tmp_path):
 
 def test_one_png_per_image(run, tmp_path):
     done = run("sample", "digits", "--steps", 2, "--num", 12, "--output", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i:06d}.png" for i in range(12)]
+    names = [f"{i:06d}.png" for i in range(12)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "dataset.json"]
+    labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
+    assert labels == [[name, i % 10] for i, name in enumerate(names)]
     assert images(tmp_path / "out").shape == (12, 1, 8, 8)
     assert done.out.startswith("12 images in ") and done.err == ""
 

@@ -39,6 +39,6 @@ def test_one_network_call_and_the_images_of_the_command_line(python, run, tiny_r
     assert done.code == 0, done.err
     assert done.out.split()[:2] == ["1", "ClassConditionalPipeline"]
     run("sample", tiny_run / "final", "--num", 10, "--seed", 3, "-o", tmp_path / "cli")
-    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "cli").iterdir())]
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "cli").glob("*.png"))]
     difference = np.load(tmp_path / "images.npy")[..., 0].astype(int) - np.stack(drawn)
     assert np.abs(difference).max() <= 1  # a level apart where half a level is rounded

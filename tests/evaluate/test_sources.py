@@ -1,10 +1,13 @@
 """What a side may be, and the sentence when it is none of these."""
 
+import json
+
 import pytest
 import torch
 
 from diffaccel.core.errors import DataError
 from diffaccel.core.images import save_png
+from diffaccel.evaluate.fid import evaluate_fid
 from diffaccel.evaluate.sources import Generation, StatisticsSource, resolve
 from diffaccel.models.data import load_digits
 
@@ -154,3 +157,19 @@ def test_a_model_side_generates_the_same_images_for_any_batch_size(model_folder)
 def test_a_model_prefix_means_the_teacher_even_where_a_dataset_has_the_name():
     assert resolve("digits").kind == "dataset"
     assert resolve("model:digits", Generation(num=2, steps=1)).kind == "model"
+
+
+def test_labels_beside_the_images_balance_the_jackknife(tmp_path):
+    images, labels = load_digits("heldout")
+    names = [f"{index:04d}.png" for index in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        save_png(image, tmp_path / name)
+    plain = evaluate_fid(tmp_path, "digits")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": list(zip(names, labels.tolist(), strict=True))}))
+    labelled, in_memory = evaluate_fid(tmp_path, "digits"), evaluate_fid((images, labels), "digits")
+    assert labelled.value == pytest.approx(plain.value, rel=1e-6)  # other groups, other rounding
+    assert labelled.bias_corrected == pytest.approx(in_memory.bias_corrected, rel=1e-6)
+    assert labelled.bias_corrected != pytest.approx(plain.bias_corrected, abs=1e-3)
+    (tmp_path / "dataset.json").write_text("[1, 2")
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        evaluate_fid(tmp_path, "digits")

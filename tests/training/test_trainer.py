@@ -135,6 +135,16 @@ def test_metrics_are_means_and_each_step_is_logged_once(tmp_path):
     assert all(math.isfinite(record["fit/loss"]) and record["fit/grad_norm_model"] > 0 for record in records)
 
 
+def test_settings_that_leave_the_result_alone_may_change_on_resume(tmp_path):
+    stored = {"trainer": {"seed": 0, "micro_batches": 1, "keep": 2}}
+    for config, resume in ((stored, False), ({"trainer": {"seed": 0, "micro_batches": 4, "keep": 3, "new": 1}}, True)):
+        with RunDirectory(tmp_path / "run", config, resume):
+            pass
+    assert len(json.loads((tmp_path / "run/run.json").read_text())["starts"]) == 2
+    with pytest.raises(UsageError, match=r"trainer\.seed: 0 -> 1"):
+        RunDirectory(tmp_path / "run", {"trainer": {"seed": 1, "micro_batches": 1}}, resume=True)
+
+
 def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path):
     trained(tmp_path / "run", config=settings(checkpoint_every=2, keep=3))
     assert [path.name[-2:] for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["08", "10", "12"]
