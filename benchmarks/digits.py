@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from diffaccel.cli.output import quiet_libraries, table
+from diffaccel.cli.output import table
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.distill.run import resolve_distillation
 from diffaccel.distillation import run_distillation
@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    quiet_libraries()
     torch.set_num_threads(1)
     extractor = get_features("digits64")
     reference = gaussian(extractor(load_digits("train")[0]))

@@ -1,12 +1,10 @@
 """Distillation from Python: one call from a teacher to a measured one-step student."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from .core.files import write_atomic
 from .core.images import to_uint8
 from .core.rng import KeyedRandom
 from .distill.run import build_method, resolve_distillation
@@ -88,7 +86,7 @@ def report_student(config: RunConfig, folder: Path) -> FrechetReport | None:
     if not source:
         return None
     report = evaluate_fid(folder / "final", source, num=1000, seed=1)
-    write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    report.save(folder / "report.json")
     return report
 
 

@@ -69,15 +69,13 @@ def generate(
 
 def _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress):
     random, own = KeyedRandom(seed), pipeline.scheduler
-    config = pipeline.unet.config
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
     bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
     pipeline.scheduler = build(own.config) if build else own
     try:
         with bar:
             for start in range(0, num, batch_size):
                 count = min(batch_size, num - start)
-                noise = random.normal("sample", 0, start, count, (config.in_channels, *size))
+                noise = random.normal("sample", 0, start, count, pipeline.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
                 labels = wanted[torch.arange(start, start + count) % len(wanted)] if len(wanted) else None
                 images = pipeline(

@@ -1,5 +1,6 @@
 """The `diffaccel` command. Verbs live in one file each and import torch and diffusers only when they run."""
 
+import logging
 import os
 import signal
 import sys
@@ -49,7 +50,8 @@ app.command(name="env")(environment.env)
 
 def main() -> None:
     """Entry point: every error ends as one sentence on stderr and a documented exit code."""
-    # Library chatter (xformers without CUDA operators, weight-loading bars) is not for users of this command.
+    # Library chatter, such as the banner of xformers without CUDA operators, is not for users of this command.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if threading.current_thread() is threading.main_thread():

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.config import merge
-from .output import note, quiet_libraries, table
+from .output import note, table
 
 
 def demo(
@@ -32,7 +32,6 @@ def demo(
     resume = (run / "config.yaml").is_file()
     wanted = {"teacher": "digits", "trainer": {"seed": seed}} | ({"method": {"name": method}} if method else {})
     settings = resolve_distillation(merge(stored_settings(run, method), wanted) if resume else wanted)
-    quiet_libraries()
     from ..distillation import run_distillation
 
     final = run_distillation(settings, run, resume, say=None if quiet else note)

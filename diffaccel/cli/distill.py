@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from ..core.config import merge, parse_overrides, read_yaml
+from ..core.config import merge, parse_overrides, read_yaml, to_yaml
 from ..core.errors import UsageError
 from . import options
-from .output import note, quiet_libraries, run_folder
+from .output import note, run_folder
 
 
 def distill(
@@ -66,7 +66,6 @@ def distill(
     run_config = resolve_distillation(flags, config, settings)
     check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
-    quiet_libraries()
     from ..distillation import report_student, run_distillation
     from ..training.launch import is_main_process
 
@@ -88,8 +87,6 @@ def distill(
 
 
 def _print_plan(method, run_config, folder: Path) -> None:
-    import yaml
-
     from ..training.recipes import complete
 
     resolved = complete(run_config, list(method.roles))
@@ -104,4 +101,4 @@ def _print_plan(method, run_config, folder: Path) -> None:
     typer.echo(
         f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved.get('data', 'none needed')}"
     )
-    typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(to_yaml(resolved), nl=False)

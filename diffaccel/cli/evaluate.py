@@ -50,7 +50,6 @@ def fid(
 
     - `diffaccel evaluate fid samples/ ref.npz --json -o report.json`
     """
-    from ..core.files import write_atomic
     from ..evaluate.fid import evaluate_fid
 
     report = evaluate_fid(
@@ -65,10 +64,9 @@ def fid(
         skip_bad=skip_bad,
         progress=sys.stderr.isatty(),
     )
-    text = json.dumps(report.to_dict(), indent=2)
     if output:
-        write_atomic(output, text + "\n")
-    typer.echo(text if as_json else str(report))
+        report.save(output)
+    typer.echo(report.to_json() if as_json else str(report))
 
 
 @app.command()

@@ -1,6 +1,5 @@
-"""What verbs share: quiet libraries, tables, default run folders."""
+"""What verbs share: tables, default run folders."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +7,6 @@ from pathlib import Path
 import typer
 
 from ..core.errors import UsageError
-
-
-def quiet_libraries() -> None:
-    """Keep loading bars and the xformers banner off stderr; call before diffusers models are imported."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
 
 
 def note(text: str) -> None:

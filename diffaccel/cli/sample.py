@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UsageError
-from .output import make_folder, note, quiet_libraries
+from .output import make_folder, note
 
 
 def sample(
@@ -61,7 +61,6 @@ def sample(
     folder, _ = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
     if steps is not None and steps > 1 and read_index(folder).get("num_inference_steps") == 1:
         note("Note: this student was trained for one step; more steps make its images worse.")
-    quiet_libraries()
     import torch
 
     _check_device(device)

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from ..core.config import merge
+from ..core.config import merge, to_yaml
 from . import options
-from .output import note, quiet_libraries, run_folder
+from .output import note, run_folder
 
 
 def train(
@@ -43,16 +43,11 @@ def train(
     if resume:
         base = merge(base, stored_settings(output, base["method"]["name"]))
     run_config = resolve(base, config, settings or [], flags)
-    quiet_libraries()
     method_class = load_method(run_config.method["name"])
     method = method_class(method_settings(run_config, method_class.Config), run_config.trainer.seed)
     folder = output or run_folder("train", recipe)
     if dry_run:
-        import yaml
-
-        typer.echo(
-            yaml.safe_dump(complete(run_config, list(method.roles)), sort_keys=False, allow_unicode=True), nl=False
-        )
+        typer.echo(to_yaml(complete(run_config, list(method.roles))), nl=False)
         return
     main = is_main_process()
     if main:
@@ -66,13 +61,10 @@ def train(
     for key, value in last_validation(folder).items():
         typer.echo(f"{key}: {value:.4f}")
     if (final / "model_index.json").is_file():
-        import json
-
-        from ..core.files import write_atomic
         from ..evaluate.fid import evaluate_fid
 
         report = evaluate_fid(final, "digits", num=1000, progress=not quiet)
-        write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        report.save(folder / "report.json")
         typer.echo(str(report))
         if not quiet:
             note(f"Next: diffaccel sample {final} --grid digits.png")

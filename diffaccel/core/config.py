@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +135,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Readable list of settings that differ: "trainer.seed: 0 -> 1"."""
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Settings as YAML text, in their own order."""
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: str = "", *, ignore: Set = frozenset(), additions: bool = True
+) -> list[str]:
+    """Readable list of settings that differ: "trainer.seed: 0 -> 1".
+
+    Args:
+        path: prefix of all names.
+        ignore: full names of settings that may differ.
+        additions: whether settings that ``old`` lacks count.
+    """
     lines: list[str] = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
+        before, after, name = old.get(key), new.get(key), f"{path}{key}"
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += differences(before, after, f"{path}{key}.")
-        elif before != after:
-            lines.append(f"{path}{key}: {before!r} -> {after!r}")
+            lines += differences(before, after, f"{name}.", ignore=ignore, additions=additions)
+        elif before != after and name not in ignore and (additions or before is not None):
+            lines.append(f"{name}: {before!r} -> {after!r}")
     return lines

@@ -209,6 +209,11 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as float32 in [−1, 1]; the inverse of `to_uint8`."""
+    return images.float() / 127.5 - 1.0
+
+
 def png_bytes(image: torch.Tensor) -> bytes:
     """One uint8 image, (C, H, W) with 1 or 3 channels or (H, W), as a PNG file in memory."""
     from PIL import Image

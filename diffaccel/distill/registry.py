@@ -1,9 +1,9 @@
 """The distillation methods by name. Importing this needs neither torch nor diffusers."""
 
-import importlib
 from dataclasses import dataclass
 
 from ..core.errors import unknown
+from ..core.lazy import load_object
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class MethodInfo:
 
     def load(self) -> type:
         """Import and return the method class."""
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+        return load_object(self.target)
 
 
 METHODS = {

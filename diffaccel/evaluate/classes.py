@@ -3,6 +3,7 @@
 import torch
 
 from ..core.errors import DataError
+from ..core.images import to_unit_range
 from .features import get_features
 from .jackknife import GroupedMoments, estimate
 
@@ -33,7 +34,7 @@ def class_report(images: torch.Tensor, labels: torch.Tensor, reference: tuple[to
         raise DataError(f"Got {len(images)} images with {len(labels)} labels; every image needs one.")
     extractor = get_features("digits64")
     with torch.no_grad():
-        predicted = torch.cat([extractor.classifier(b.float() / 127.5 - 1.0).argmax(1) for b in images.split(_CHUNK)])
+        predicted = torch.cat([extractor.classifier(to_unit_range(b)).argmax(1) for b in images.split(_CHUNK)])
     right = predicted == labels
     rows = []
     for label in sorted(set(labels.tolist())):

@@ -1,10 +1,11 @@
 """Fréchet distance between two sides, from whatever they are to a report."""
 
 from ..core.errors import DataError, UsageError
+from ..core.versions import library_versions
 from .features import FEATURES, FeatureExtractor, get_features
 from .jackknife import GROUPS, GroupedMoments, estimate
 from .moments import Moments
-from .report import FrechetReport, library_versions
+from .report import FrechetReport
 from .sources import DEFAULT_NUM, Generation, ImageSource, StatisticsSource, resolve
 from .statistics import Statistics, check_features, load_statistics, save_statistics
 

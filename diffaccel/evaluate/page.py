@@ -3,10 +3,12 @@
 import base64
 import html
 import json
+import math
 from pathlib import Path
 
 import torch
 
+from ..core.files import write_atomic
 from ..core.images import png_bytes, sheet
 from .comparison import HEADER, Row
 
@@ -33,8 +35,6 @@ def write_page(
         next_commands: what to type next.
         facts: provenance, shown as JSON at the end.
     """
-    from ..core.files import write_atomic
-
     parts = [
         f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
         _table(HEADER, [row.cells() for row in rows]),
@@ -86,8 +86,6 @@ def _figure(label: str, images: torch.Tensor) -> str:
 
 def _curve(metrics: Path) -> str:
     """Distance of the averaged student over training steps, as an inline SVG on a logarithmic axis."""
-    import math
-
     points = []
     for line in metrics.read_text().splitlines():
         record = json.loads(line)

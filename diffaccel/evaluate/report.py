@@ -1,7 +1,9 @@
 """The result of a Fréchet evaluation: one record for people, JSON and tests."""
 
+import json
 from dataclasses import asdict, dataclass, field
 
+from ..core.files import write_atomic
 from ..core.versions import library_versions
 
 SCHEMA = 1
@@ -39,6 +41,14 @@ class FrechetReport:
         content = asdict(self)
         content["ci95"] = list(self.ci95) if self.ci95 else None
         return {"schema": SCHEMA, "interval_method": "delete-10-group jackknife" if self.ci95 else None, **content}
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save(self, path) -> None:
+        """Write `to_json` to a file, atomically."""
+        write_atomic(path, self.to_json() + "\n")
 
     def __str__(self) -> str:
         lines = [f"{self.metric}: {self.value:.4f}"]

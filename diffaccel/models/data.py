@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..core.errors import DataError, unknown
-from ..core.images import find_images, read_images
+from ..core.images import find_images, read_images, to_unit_range
 from .shipped import ASSETS, check_shipped
 
 SPLITS = ("train", "heldout", "all")
@@ -38,11 +38,6 @@ def load_digits(split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
     keep = {"train": ~held_out, "heldout": held_out, "all": np.ones_like(held_out)}[split]
     images = np.rint(levels[keep] * (255.0 / 16.0)).astype(np.uint8)
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels[keep].astype(np.int64))
-
-
-def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images as float32 in [−1, 1]."""
-    return images.float() / 127.5 - 1.0
 
 
 class RealImages:

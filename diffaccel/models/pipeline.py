@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.errors import UsageError
+from .unet2d import num_classes, sample_shape
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -28,8 +29,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> int | None:
         """Number of classes, or None for an unconditional model."""
-        embeddings = self.unet.config.num_class_embeds
-        return embeddings - 1 if embeddings else None
+        return num_classes(self.unet)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return sample_shape(self.unet)
 
     @torch.no_grad()
     def __call__(
@@ -63,9 +68,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         labels = self._labels(class_labels, len(noise) if noise is not None else batch_size)
         count = len(labels) if labels is not None else (len(noise) if noise is not None else batch_size)
-        config = self.unet.config
-        size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-        shape = (count, config.in_channels, *size)
+        shape = (count, *self.sample_shape)
         if noise is None:
             noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if tuple(noise.shape) != shape:

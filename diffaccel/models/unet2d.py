@@ -6,6 +6,18 @@ from torch import nn
 from .denoiser import Condition, NetworkDenoiser
 
 
+def sample_shape(net) -> tuple[int, int, int]:
+    """(channels, height, width) of the samples of a UNet2DModel."""
+    size = net.config.sample_size
+    return (net.config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+
+
+def num_classes(net) -> int | None:
+    """Number of classes of a UNet2DModel, the null class not counted; None for an unconditional one."""
+    embeddings = net.config.num_class_embeds
+    return embeddings - 1 if embeddings else None
+
+
 class UNet2DDenoiser(NetworkDenoiser):
     """Condition: ``{"class_labels": (B,) int64}`` if the network has class embeddings, else None.
 
@@ -14,10 +26,7 @@ class UNet2DDenoiser(NetworkDenoiser):
 
     def __init__(self, net, schedule, prediction_type):
         super().__init__(net, schedule, prediction_type)
-        config = net.config
-        size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
-        self.sample_shape = (config.in_channels, *size)
-        self.num_classes = config.num_class_embeds - 1 if config.num_class_embeds else None
+        self.sample_shape, self.num_classes = sample_shape(net), num_classes(net)
 
     def null_condition(self, count: int) -> Condition | None:
         if self.num_classes is None:

@@ -1,11 +1,11 @@
 """The samplers by the names that the command line uses. Importing this needs neither torch nor diffusers."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ..core.errors import unknown
+from ..core.lazy import load_object
 
 _GRID_KEYS = {"grid", "timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas"}
 
@@ -34,8 +34,7 @@ class Sampler:
 
     def load(self) -> type:
         """Import and return the scheduler class."""
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+        return load_object(self.target)
 
     def build(self, config: Mapping | None = None, **overrides):
         """A scheduler for a model.

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ..core.images import to_unit_range
 from ..core.rng import seeded
 from ..models.classifier import DigitsClassifier
-from ..models.data import load_digits, to_unit_range
+from ..models.data import load_digits
 from .method import Draw, Loss, Method, Phase
 
 

@@ -7,9 +7,10 @@ import torch
 from diffusers import UNet2DModel
 
 from ..core.grids import make_grid
+from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
-from ..models.data import load_digits, to_unit_range
+from ..models.data import load_digits
 from ..models.pipeline import ClassConditionalPipeline
 from ..models.unet2d import UNet2DDenoiser
 from ..samplers.deis import deis_plan

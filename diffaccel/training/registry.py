@@ -1,8 +1,7 @@
 """Methods that train models from scratch, by the names that recipes use."""
 
-import importlib
-
 from ..core.errors import unknown
+from ..core.lazy import load_object
 
 METHODS = {
     "digits-denoising": "diffaccel.training.denoising:DigitsDenoising",
@@ -18,5 +17,4 @@ def load_method(name: str) -> type:
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    module, attribute = METHODS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    return load_object(METHODS[name])

@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..core.config import differences, read_yaml
+from ..core.config import differences, read_yaml, to_yaml
 from ..core.errors import UsageError
 from ..core.files import write_atomic
 from ..core.versions import library_versions
@@ -44,7 +42,6 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, config: dict[str, Any], resume: bool = False, writes: bool = True):
         self.path = Path(path)
-        self.config = config
         self._descriptor: int | None = None
         if not writes:
             return
@@ -58,14 +55,11 @@ class RunDirectory:
             if resume:
                 stored = read_yaml(self.path / "config.yaml")
                 # A setting that the stored file lacks is new in this version of the package.
-                changed = [
-                    line for line in differences(stored, config) if not line.partition(": ")[2].startswith("None ->")
-                ]
-                changed = [line for line in changed if line.partition(":")[0] not in RESUMABLE]
+                changed = differences(stored, config, ignore=RESUMABLE, additions=False)
                 if changed:
                     raise changed_settings(self.path, changed)
                 self._sweep()
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_atomic(self.path / "config.yaml", to_yaml(config))
             self._record_start()
         except BaseException:
             self._release()
@@ -124,6 +118,7 @@ class RunDirectory:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
+            self._descriptor = None  # the lock file is the other process's
             raise UsageError(f"{self.path} is in use by process {lock.read_text()}.") from None
         except OSError:
             pass  # a file system without locks
@@ -165,8 +160,9 @@ def check_output(path: Path, resume: bool) -> None:
 
 def last_validation(path: Path) -> dict[str, float]:
     """The newest validation values in a run's metrics.jsonl, without their prefix; empty if there are none."""
-    found: dict[str, float] = {}
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        prefix = "validation/"
-        found = {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)} or found
-    return found
+    prefix = "validation/"
+    for line in reversed((path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        found = {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)}
+        if found:
+            return found
+    return {}

@@ -23,10 +23,6 @@ class SignalGuard:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def stop(self, message: str) -> None:
-        """Raise InterruptedRun for the received signal."""
-        raise InterruptedRun(message, self.received)
-
     def _handle(self, number, _frame):
         if self.received is not None:
             raise InterruptedRun("Stopped at once; the last checkpoint is kept.", number)

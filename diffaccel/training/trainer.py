@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.errors import NumericalError, UsageError
+from ..core.errors import InterruptedRun, NumericalError, UsageError
 from ..core.files import atomic_directory
 from ..core.images import save_grid, to_uint8
 from ..core.rng import KeyedRandom
@@ -102,8 +102,8 @@ class Trainer:
         """The moving average of the main role: what is sampled and exported."""
         return self.ema.module
 
-    def restore(self) -> int:
-        """Load the newest intact checkpoint of the run, if there is one; return the number of steps done."""
+    def restore(self) -> None:
+        """Continue from the newest intact checkpoint of the run, if there is one."""
         main = self.accelerator.is_main_process
         found = latest_checkpoint(self.run.checkpoints, lambda text: main and print(text, file=sys.stderr))
         if found is not None:
@@ -117,7 +117,6 @@ class Trainer:
         if main:
             self.run.rewind(self.step)
         self.accelerator.wait_for_everyone()
-        return self.step
 
     def fit(self) -> None:
         """Train to the last step, then export the moving average to final/.
@@ -145,8 +144,9 @@ class Trainer:
                 if last or stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 if stop and not last:
-                    guard.received = stop
-                    guard.stop(f"Stopped and saved at step {self.step} of {config.steps}; continue with --resume.")
+                    raise InterruptedRun(
+                        f"Stopped and saved at step {self.step} of {config.steps}; continue with --resume.", stop
+                    )
             self._export()
 
     def save(self) -> None:

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from diffaccel.core.errors import DataError, UsageError
+from diffaccel.core.images import to_unit_range
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.models import shipped
 from diffaccel.models.classifier import load_digits_classifier
-from diffaccel.models.data import load_digits, load_images, to_unit_range
+from diffaccel.models.data import load_digits, load_images
 from diffaccel.models.teachers import load_denoiser
 
 

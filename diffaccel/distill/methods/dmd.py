@@ -143,15 +143,16 @@ class DMD(Method):
 
     # Losses.
 
-    def _times(self, draw: Draw, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-        u = low + (high - low) * draw.stratified("time")
+    def _times(self, draw: Draw, purpose: str, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fractions u of the schedule, stratified over the batch, and their times."""
+        u = low + (high - low) * draw.stratified(purpose)
         return u, self.schedule.time(u)
 
     def _critic_loss(self, draw: Draw) -> Loss:
         condition = self.conditions(draw)
         with torch.no_grad():
             x = self.generate(self.roles["student"], draw.normal("latent", self.teacher.sample_shape), condition)
-        _, t = self._times(draw, 0.0, 1.0)
+        _, t = self._times(draw, "time", 0.0, 1.0)
         eps = draw.normal("eps", self.teacher.sample_shape)
         total = denoising = self.roles["critic"].denoising_error(x, t, eps, condition).mean()
         metrics = {"denoising": denoising.detach(), "sample_std": x.std(correction=0)}
@@ -163,8 +164,7 @@ class DMD(Method):
         """Logistic loss on real and generated samples noised to the times that the student is matched at."""
         discriminator, shape = self.roles["discriminator"], self.teacher.sample_shape
         low, high = self.config.time_range
-        u = low + (high - low) * draw.stratified("gan")
-        t = self.schedule.time(u)
+        u, t = self._times(draw, "gan", low, high)
         real, real_condition = self.data.batch(draw)
         real_t = self.teacher.noised(real, t, draw.normal("real-eps", shape))
         fake_t = self.teacher.noised(x, t, draw.normal("fake-eps", shape))
@@ -189,7 +189,7 @@ class DMD(Method):
     def _student_loss(self, draw: Draw) -> Loss:
         condition, config = self.conditions(draw), self.config
         x = self.generate(self.roles["student"], draw.normal("latent", self.teacher.sample_shape), condition)
-        u, t = self._times(draw, *config.time_range)
+        u, t = self._times(draw, "time", *config.time_range)
         x_t = self.teacher.noised(x, t, draw.normal("eps", self.teacher.sample_shape))
         logit = real = None
         if "discriminator" in self.roles:

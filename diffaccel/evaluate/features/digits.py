@@ -2,6 +2,7 @@
 
 import torch
 
+from ...core.images import to_unit_range
 from .base import FeatureExtractor
 
 
@@ -22,11 +23,11 @@ class DigitsFeatures(FeatureExtractor):
         from ...models.classifier import load_digits_classifier
 
         super().__init__()
-        self.classifier = load_digits_classifier().requires_grad_(False)
+        self.classifier = load_digits_classifier()
         self.eval()
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier.features(images.float() / 127.5 - 1.0)
+        return self.classifier.features(to_unit_range(images))
 
     def weights_sha256(self) -> str:
         """SHA-256 that the classifier states for its weight file."""

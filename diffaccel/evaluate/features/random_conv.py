@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...core.images import to_unit_range
 from ...core.rng import KeyedRandom
 from .base import FeatureExtractor
 
@@ -45,7 +46,7 @@ class RandomConvFeatures(FeatureExtractor):
         return ((2.0 * u - 1.0) * bound).float()
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
-        x = images.float() / 127.5 - 1.0
+        x = to_unit_range(images)
         for layer in self.layers:
             x = F.avg_pool2d(F.relu(layer(x)), 2, ceil_mode=True)
         return _SCALE * F.adaptive_avg_pool2d(x, _POOLED).flatten(1)
