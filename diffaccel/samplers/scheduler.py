@@ -3,16 +3,32 @@
     pipe.scheduler = diffaccel.DEISScheduler.from_config(pipe.scheduler.config)
 
 All take the arguments of `config.common` besides their own. Their module is given as ``diffaccel``, because diffusers
-looks there for the class of a saved pipeline.
+looks there for the class of a saved pipeline. Arguments that several share:
+
+    core               what is integrated: "noise", "data" or, on flows, "velocity"; None for what the model predicts
+                       best, velocity on flows and noise elsewhere
+    lower_order_final  let the order fall to 1 towards the last step
+    momentum, beta     "heavy-ball" or "nesterov" with β in (0, 1], see `momentum.with_momentum`
+    guidance_scale     choose β for this scale of classifier-free guidance, as Wizadwongsa et al. 2024 recommend
 """
 
 from ..core.errors import UsageError, unknown
 from ..core.grids import Grid
+from .adams import MAX_ORDER as MAX_ADAMS
+from .adams import ghvb_plan, ipndm_plan, split
 from .config import configured
 from .ddim import ddim_plan
-from .deis import MAX_ORDER, VARIABLES, deis_plan
+from .deis import MAX_ORDER as MAX_DEGREE
+from .deis import deis_plan
+from .log_snr import SOLVER_TYPES, dpm_solver_plan, unipc_plan
+from .momentum import check_momentum, ghvb_beta, heavy_ball_beta
+from .multistep import QUANTITIES, VARIABLES
 from .plan import Plan
+from .runge_kutta import TABLEAUX, runge_kutta_plan
 from .shell import PlanScheduler
+
+_FOREIGN_TYPES = ("midpoint", "heun", "logrho")  # of diffusers' other solvers, read as the default here
+_ALGORITHMS = {"dpmsolver++": ("data", 0.0), "sde-dpmsolver++": ("data", 1.0), "dpmsolver": ("noise", 0.0)}
 
 
 class DDIMScheduler(PlanScheduler):
@@ -47,8 +63,10 @@ class DEISScheduler(PlanScheduler):
 
     Args:
         solver_order: evaluations that a step combines, 1 … 4 (the paper's order 0 … 3).
-        variable: "t" (tAB-DEIS), "rho" (ρAB-DEIS) or "log-rho" (diffusers' DEISMultistepScheduler).
-        lower_order_final: let the order fall to 1 towards the last step.
+        variable: "t" (tAB-DEIS), "rho" (ρAB-DEIS), "log-rho" (diffusers' DEISMultistepScheduler) or "angle".
+        core: see above; the paper's is "noise".
+        eta: 0 deterministic, 1 ancestral; see `deis.deis_plan`.
+        lower_order_final, momentum, beta, guidance_scale: see above.
         **shared: see `config.common`.
 
     Raises:
@@ -58,13 +76,230 @@ class DEISScheduler(PlanScheduler):
     __module__ = "diffaccel"
 
     @configured
-    def __init__(self, solver_order: int = 3, variable: str = "t", lower_order_final: bool = False, **shared):
+    def __init__(
+        self,
+        solver_order: int = 3,
+        variable: str = "t",
+        core: str | None = None,
+        eta: float = 0.0,
+        lower_order_final: bool = False,
+        momentum: str | None = None,
+        beta: float = 1.0,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
         super().__init__()
-        if self.config.solver_order not in range(1, MAX_ORDER + 2):
-            raise UsageError(f"solver_order must be 1, 2, 3 or 4; got {self.config.solver_order!r}.")
+        _check_order(self.config, MAX_DEGREE + 1)
+        _check_core(self.config)
+        check_momentum(*_momentum(self.config))
         if self.config.variable not in VARIABLES:
             raise unknown("DEIS variable", str(self.config.variable), VARIABLES)
 
     def plan(self, grid: Grid) -> Plan:
         """See `deis.deis_plan`."""
-        return deis_plan(grid, self.config.solver_order - 1, self.config.variable, self.config.lower_order_final)
+        config, (momentum, beta) = self.config, _momentum(self.config)
+        degree, low = config.solver_order - 1, config.lower_order_final
+        return deis_plan(grid, degree, config.variable, low, config.core, config.eta, momentum, beta)
+
+
+class IPNDMScheduler(PlanScheduler):
+    """iPNDM (Zhang & Chen 2023): Adams–Bashforth with the weights of equal steps. One network call per step.
+
+    Args:
+        solver_order: evaluations that a step combines, 1 … 4.
+        core, lower_order_final, momentum, beta, guidance_scale: see above.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(
+        self,
+        solver_order: int = 3,
+        core: str | None = None,
+        lower_order_final: bool = False,
+        momentum: str | None = None,
+        beta: float = 1.0,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
+        super().__init__()
+        _check_order(self.config, MAX_ADAMS)
+        _check_core(self.config)
+        check_momentum(*_momentum(self.config))
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `adams.ipndm_plan`."""
+        config = self.config
+        return ipndm_plan(grid, config.solver_order, config.lower_order_final, config.core, *_momentum(config))
+
+
+class GHVBScheduler(PlanScheduler):
+    """GHVB (Wizadwongsa et al. 2024): Adams–Bashforth of a real order, for strong guidance. One network call per step.
+
+    Args:
+        ghvb_order: k.d in (0, 5]: order ⌈k.d⌉ with β = the fractional part; 2.5 is between AB2 and AB3 in stability.
+        variable: None for the paper's fixed coefficients; "t", "rho", "log-rho" or "angle" for variable-step GHVB.
+        core: see above.
+        guidance_scale: replace the fractional part of ``ghvb_order`` by the β recommended for this scale.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(
+        self,
+        ghvb_order: float = 2.5,
+        variable: str | None = None,
+        core: str | None = None,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
+        super().__init__()
+        split(self.config.ghvb_order)
+        _check_core(self.config)
+        if self.config.variable is not None and self.config.variable not in VARIABLES:
+            raise unknown("GHVB variable", str(self.config.variable), VARIABLES)
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `adams.ghvb_plan`."""
+        number, scale = self.config.ghvb_order, self.config.guidance_scale
+        if scale is not None:
+            number = split(number)[0] - 1 + ghvb_beta(scale)
+        return ghvb_plan(grid, number, self.config.core, self.config.variable)
+
+
+class DPMSolverScheduler(PlanScheduler):
+    """Multistep DPM-Solver++ (Lu et al. 2022), 2M and a third order that is one. One network call per step.
+
+    Args:
+        solver_order: 1, 2 or 3.
+        algorithm_type: "dpmsolver++" (x0 prediction), "sde-dpmsolver++" (stochastic) or "dpmsolver" (noise prediction).
+        lower_order_final, momentum, beta, guidance_scale: see above.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(
+        self,
+        solver_order: int = 2,
+        algorithm_type: str = "dpmsolver++",
+        lower_order_final: bool = True,
+        momentum: str | None = None,
+        beta: float = 1.0,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
+        super().__init__()
+        _check_order(self.config, 3)
+        check_momentum(*_momentum(self.config))
+        if self.config.algorithm_type not in (*_ALGORITHMS, "deis"):
+            raise unknown("algorithm_type", str(self.config.algorithm_type), _ALGORITHMS)
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `log_snr.dpm_solver_plan`."""
+        config = self.config
+        core, eta = _ALGORITHMS.get(config.algorithm_type, _ALGORITHMS["dpmsolver++"])
+        return dpm_solver_plan(grid, config.solver_order, config.lower_order_final, core, *_momentum(config), eta)
+
+
+class UniPCScheduler(PlanScheduler):
+    """UniPC (Zhao et al. 2023): every step is corrected once its end is evaluated. One network call per step.
+
+    Args:
+        solver_order: 1, 2 or 3, of the predictor.
+        solver_type: "bh1" or "bh2".
+        predict_x0: False for the noise prediction.
+        corrector: False for the predictor alone.
+        lower_order_final, momentum, beta, guidance_scale: see above.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(
+        self,
+        solver_order: int = 2,
+        solver_type: str = "bh2",
+        predict_x0: bool = True,
+        corrector: bool = True,
+        lower_order_final: bool = True,
+        momentum: str | None = None,
+        beta: float = 1.0,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
+        super().__init__()
+        _check_order(self.config, 3)
+        check_momentum(*_momentum(self.config))
+        if self.config.solver_type not in (*SOLVER_TYPES, *_FOREIGN_TYPES):
+            raise unknown("solver_type", str(self.config.solver_type), SOLVER_TYPES)
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `log_snr.unipc_plan`."""
+        config = self.config
+        kind = "bh2" if config.solver_type in _FOREIGN_TYPES else config.solver_type
+        core = "data" if config.predict_x0 else "noise"
+        return unipc_plan(
+            grid, config.solver_order, kind, config.lower_order_final, config.corrector, core, *_momentum(config)
+        )
+
+
+class RhoRKScheduler(PlanScheduler):
+    """ρRK-DEIS (Zhang & Chen 2023): Runge–Kutta in σ/α (in σ on flows). ``order`` network calls per step.
+
+    The last step goes to σ = 0 in a single call, so that N steps of s stages cost s·(N−1) + 1 calls.
+
+    Args:
+        tableau: a name in `runge_kutta.TABLEAUX`.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(self, tableau: str = "2heun", **shared):
+        super().__init__()
+        if self.config.tableau not in TABLEAUX:
+            raise unknown("tableau", str(self.config.tableau), TABLEAUX)
+        self.order = len(TABLEAUX[self.config.tableau].nodes)
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `runge_kutta.runge_kutta_plan`."""
+        return runge_kutta_plan(grid, self.config.tableau)
+
+
+def _momentum(config) -> tuple[str | None, float]:
+    scale = config.guidance_scale
+    return config.momentum, config.beta if scale is None else heavy_ball_beta(scale)
+
+
+def _check_order(config, highest: int) -> None:
+    if config.solver_order not in range(1, highest + 1):
+        allowed = ", ".join(map(str, range(1, highest)))
+        raise UsageError(f"solver_order must be {allowed} or {highest}; got {config.solver_order!r}.")
+
+
+def _check_core(config) -> None:
+    if config.core is not None and config.core not in QUANTITIES:
+        raise unknown("core", str(config.core), QUANTITIES)

@@ -25,7 +25,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     Attributes:
         timesteps: (calls,) on the target device; int64 where all are whole numbers of a discrete table, else float32.
         sigmas: (calls + 1,) float32 on the CPU; σ for flow, σ/α for VP, the end level included.
-        order: network calls per step.
+        order: network calls per step; a last step that goes to σ = 0 always takes one.
 
     Raises:
         UsageError: a configuration value that does not exist.
@@ -91,6 +91,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        nfe: int | None = None,
     ) -> None:
         """Choose the noise levels of a run and forget the last one.
 
@@ -100,11 +101,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             timesteps: explicit native times, strictly decreasing.
             sigmas: explicit levels, σ/α for VP and σ (before shifting) for flow; a last 0 is the end.
             mu: resolution-dependent shift; used with ``use_dynamic_shifting`` and ignored otherwise.
+            nfe: in place of num_inference_steps: as many steps as this many network calls allow, see `steps_for`.
 
         Raises:
             UsageError: unusable levels, or no mu where it is needed.
         """
         config = self.config
+        if nfe is not None:
+            if any(given is not None for given in (num_inference_steps, timesteps, sigmas)):
+                raise UsageError("Pass nfe alone, not with num_inference_steps, timesteps or sigmas.")
+            num_inference_steps = self.steps_for(nfe)
         shift = config.shift if config.shift != 1.0 else config.flow_shift
         if config.use_dynamic_shifting and isinstance(self.noise_schedule, Flow):
             if mu is None:
@@ -127,6 +133,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         levels = [(row.alpha, row.sigma) for row in self._plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
         self.sigmas = self._published_levels(*torch.tensor(levels, dtype=torch.float64).T)
         self._reset()
+
+    def calls(self, steps: int) -> int:
+        """Network calls of a run of this many steps, a guidance pair counted once."""
+        return self.order * steps if self._end == "sigma_min" else self.order * (steps - 1) + 1
+
+    def steps_for(self, nfe: int) -> int:
+        """The largest number of steps whose network calls stay within a budget.
+
+        Args:
+            nfe: network calls, a guidance pair counted once; halve a budget in which it counts as two.
+
+        Raises:
+            UsageError: a budget below the cost of one step.
+        """
+        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < self.calls(1):
+            raise UsageError(f"nfe must be a whole number of at least {self.calls(1)}, the cost of one step; got {nfe!r}.")
+        return (nfe - self.calls(1)) // self.order + 1
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """Return the sample: states are in the network's own scale."""
@@ -210,7 +233,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         own = self.timesteps.untyped_storage().data_ptr()
         if isinstance(timestep, torch.Tensor) and timestep.untyped_storage().data_ptr() == own:
             return timestep.storage_offset()  # an entry of our own tensor: no need to read it back from the device
-        return min(range(len(self._times)), key=lambda index: abs(self._times[index] - float(timestep)))
+        wanted = float(timestep)  # the start of a step before a stage inside the one before it
+        return min(range(len(self._times)), key=lambda index: (abs(self._times[index] - wanted), index % self.order))
 
     def _converted(self, row: Row, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         source = self.config.prediction_type

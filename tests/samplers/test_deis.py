@@ -6,119 +6,77 @@ from analytic import grid_of, two_modes
 
 from diffaccel.core.errors import UsageError
 from diffaccel.core.grids import make_grid
-from diffaccel.core.prediction import convert
 from diffaccel.core.schedule import VE, Flow, VPLinear, from_diffusers
 from diffaccel.samplers.ddim import ddim_plan
-from diffaccel.samplers.deis import VARIABLES, adams_bashforth_weights, deis_plan
-from diffaccel.samplers.plan import Run
+from diffaccel.samplers.deis import deis_plan
+from diffaccel.samplers.multistep import VARIABLES, Core
 from diffaccel.samplers.sample import sample
-from diffaccel.testing import GaussianMixtureTeacher, reference_solution
+from diffaccel.testing import GaussianTeacher, reference_solution
 
 SCHEDULES = [VPLinear(), VE(), Flow(), from_diffusers({}), from_diffusers({"rescale_betas_zero_snr": True})]
-GOLDEN_VE = {
-    ("t", 0): (0.8915468334, 0.0010226734),
-    ("rho", 1): (0.9370884937, -0.0090453235),
-    ("rho", 2): (0.9480920527, -0.0113656272),
-    ("rho", 3): (0.9516103428, -0.0120935907),
-    ("log-rho", 1): (1.0589042398, -0.0345987492),
-    ("log-rho", 2): (1.1499746465, -0.0476889568),
-    ("log-rho", 3): (1.1828988985, -0.0446363650),
-}
-GOLDEN_VP = {
-    ("t", 0): (0.9331292354, -0.0052534043),
-    ("t", 1): (0.9838439167, -0.0111941196),
-    ("t", 2): (0.9937888328, -0.0121878664),
-    ("t", 3): (0.9921491389, -0.0126068756),
-    ("rho", 1): (0.9640199692, -0.0093704573),
-    ("rho", 2): (0.9664135567, -0.0094561974),
-    ("rho", 3): (0.9658196505, -0.0093030200),
-    ("log-rho", 1): (0.9897897992, -0.0119284616),
-    ("log-rho", 2): (0.9692655614, -0.0141132500),
-    ("log-rho", 3): (0.9880540198, -0.0447167823),
-}
+
+
+def cores_of(schedule):
+    return ("noise", "data", "velocity") if isinstance(schedule, Flow) else ("noise", "data")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
-def test_order_zero_is_ddim(schedule, variable, end):
+def test_order_zero_is_ddim_and_every_order_is_finite(schedule, variable, end):
     grid = make_grid(schedule, 7, "karras", end=end)
     teacher = two_modes(schedule)
     x = schedule.initial_scale * torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plans = (ddim_plan(grid), deis_plan(grid, 0, variable), deis_plan(grid, 3, variable))
-    ddim, deis, third = (sample(teacher, x, plan) for plan in plans)
+    ddim = sample(teacher, x, ddim_plan(grid))
     tolerance = 1e-13 if grid.alpha[0] == 0 or grid.rho[0] < 1000 else 1e-11
-    torch.testing.assert_close(deis, ddim, rtol=tolerance, atol=tolerance)
-    assert bool(torch.isfinite(third).all())
+    for core in cores_of(schedule):
+        deis = sample(teacher, x, deis_plan(grid, 0, variable, core=core))
+        torch.testing.assert_close(deis, ddim, rtol=tolerance, atol=tolerance)
+        assert bool(torch.isfinite(sample(teacher, x, deis_plan(grid, 3, variable, core=core))).all())
 
 
+def _simpson(rho, values, measure):
+    """∫ values d(measure) over log ρ by a fine Simpson rule."""
+    weights = torch.ones(len(rho), dtype=torch.float64)
+    weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
+    return float((weights * measure * values).sum()) * float(rho.log().diff()[0]) / 3
+
+
+@pytest.mark.parametrize("core", ["noise", "data", "velocity"])
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_polynomials_are_integrated_exactly(variable, order):
-    """∫ z^k dρ over the last step is reproduced by the weights for k ≤ order; the truth from a fine Simpson rule."""
-    schedule = VPLinear()
-    grid = make_grid(schedule, 6, "quadratic", end="sigma_min")
-    step = 4
-    weights = adams_bashforth_weights(grid, step, order, variable)
-    assert sum(weights) == pytest.approx(grid.rho[step + 1] - grid.rho[step], rel=1e-12)
-    log_rho = torch.linspace(math.log(grid.rho[step]), math.log(grid.rho[step + 1]), 20001, dtype=torch.float64)
-    rho = log_rho.exp()
-    coordinate = {"t": schedule.t_from_rho, "rho": lambda r: r, "log-rho": torch.log}[variable]
-    simpson = torch.ones(20001, dtype=torch.float64)
-    simpson[1:-1:2], simpson[2:-1:2] = 4.0, 2.0
-    simpson *= float(log_rho[1] - log_rho[0]) / 3
-    nodes = coordinate(torch.tensor(grid.rho, dtype=torch.float64))
+def test_polynomials_are_integrated_exactly(core, variable, order):
+    """The mean of z^k over a step, in the core's own measure, is reproduced by the weights for k ≤ order."""
+    schedule = Flow() if core == "velocity" else VPLinear()
+    grid, step = make_grid(schedule, 6, "quadratic", end="sigma_min"), 4
+    weights = Core(core, grid).lagrange(step, range(step, step - order - 1, -1), variable)
+    assert sum(weights) == pytest.approx(1.0, rel=1e-12)
+    rho = torch.logspace(math.log10(grid.rho[step]), math.log10(grid.rho[step + 1]), 20001, dtype=torch.float64)
+    measure = {"noise": rho, "data": -1 / rho, "velocity": rho / (1 + rho) ** 2}[core]
+    places = {"t": schedule.t_from_rho, "rho": lambda r: r, "log-rho": torch.log, "angle": torch.arctan}[variable]
+    nodes = places(torch.tensor(grid.rho, dtype=torch.float64))
     for power in range(order + 1):
-        exact = float((simpson * rho * coordinate(rho) ** power).sum())
+        exact = _simpson(rho, places(rho) ** power, measure) / _simpson(rho, torch.ones_like(rho), measure)
         found = sum(w * float(nodes[step - j]) ** power for j, w in enumerate(weights))
-        assert found == pytest.approx(exact, rel=1e-9)
+        assert found == pytest.approx(exact, rel=1e-8)
+
+
+def test_first_order_weights_have_their_closed_form():
+    """z = ρ: w_1 = −Δ²/(2(ρ_n − ρ_{n−1})) (here divided by Δ)."""
+    grid = make_grid(VPLinear(), 6, "quadratic")
+    delta, before = grid.rho[4] - grid.rho[3], grid.rho[3] - grid.rho[2]
+    assert Core("noise", grid).lagrange(3, (3, 2), "rho") == pytest.approx((1 + delta / 2 / before, -delta / 2 / before))
 
 
 @pytest.mark.parametrize("schedule", [Flow(), from_diffusers({}), VE()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_weights_of_the_step_to_the_clean_image_sum_to_its_length(schedule, variable):
-    grid = make_grid(schedule, 5)
-    weights = adams_bashforth_weights(grid, 4, 3, variable)
-    assert sum(weights) == pytest.approx(-grid.rho[4], rel=1e-12)
-    assert len(weights) == (1 if variable == "log-rho" else 4)
-
-
-@pytest.mark.parametrize("variable", VARIABLES)
-@pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_convergence_order(variable, order):
-    """Global error falls as N^-(order+1) from exact starting values."""
-    schedule = VPLinear()
-    teacher = GaussianMixtureTeacher([0.4, 0.6], [[-1, 0.5], [1, 0]], [[0.4, 0.5], [0.6, 0.3]], schedule)
-    start = torch.tensor([[0.5, -0.3], [1.2, 0.4]], dtype=torch.float64)
-    errors = []
-    for steps in (80, 160):
-        grid = grid_of(schedule, torch.linspace(0.8, 0.3, steps + 1, dtype=torch.float64))
-        run, x = Run(deis_plan(grid, order, variable)), start
-        for i, row in enumerate(run.plan.rows):
-            output = convert(teacher(x, torch.full((2,), row.t)), x, "sample", row.quantity, row.alpha, row.sigma)
-            following = run.advance(x, output)
-            exact_start = i < order
-            x = reference_solution(teacher, x, grid.rho[i], grid.rho[i + 1], 4) if exact_start else following
-        exact = reference_solution(teacher, start, grid.rho[0], grid.rho[-1], 400)
-        errors.append(float((x - exact).norm()))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.15)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "kind", "start", "golden", "exact"),
-    [
-        (VE(), "karras", (40.0, -24.0), GOLDEN_VE, (1.0015198481, -0.0182272629)),
-        (VPLinear(), "quadratic", (0.5, -0.3), GOLDEN_VP, (1.0018678472, -0.0182130850)),
-    ],
-    ids=["VE", "VP"],
-)
-def test_golden_end_points(schedule, kind, start, golden, exact):
-    teacher = two_modes(schedule)
-    grid = make_grid(schedule, 6, kind, end="sigma_min")
-    x = torch.tensor([start], dtype=torch.float64)
-    for (variable, order), expected in golden.items():
-        assert sample(teacher, x, deis_plan(grid, order, variable))[0].tolist() == pytest.approx(expected, abs=1e-7)
-    assert reference_solution(teacher, x, grid.rho[0], grid.rho[-1])[0].tolist() == pytest.approx(exact, abs=1e-7)
+def test_weights_of_the_step_to_the_clean_image(schedule, variable):
+    grid = make_grid(schedule, 5, "karras")
+    for core in cores_of(schedule):
+        weights = Core(core, grid).lagrange(4, (4, 3, 2, 1), variable)
+        assert sum(weights) == pytest.approx(1.0, rel=1e-10)
+        if variable == "log-rho":
+            assert weights == (1.0, 0.0, 0.0, 0.0)
 
 
 def test_paper_coefficients():
@@ -129,34 +87,60 @@ def test_paper_coefficients():
     assert plan.rows[9].outputs == pytest.approx((-0.0801, 0.0336, -0.0105, 0.0014), abs=1e-4)
 
 
-@pytest.mark.parametrize("variable", ["rho", "log-rho"])
-def test_schedules_with_the_same_rho_give_the_same_trajectory(variable):
-    vp, ve = VPLinear(), VE(1e-4, 200.0)
-    rho = torch.logspace(1, -1.5, 8, dtype=torch.float64)
-    ends = []
-    for schedule in (vp, ve):
-        grid = grid_of(schedule, schedule.t_from_rho(rho))
-        x = torch.tensor([[5.0, -3.0]], dtype=torch.float64) * grid.alpha[0]
-        ends.append(sample(two_modes(schedule), x, deis_plan(grid, 2, variable)) / grid.alpha[-1])
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
-
-
-def test_orders_improve_on_a_flow_and_the_first_call_is_pure_noise():
+@pytest.mark.parametrize("core", ["noise", "data", "velocity"])
+def test_orders_improve_on_a_flow_and_the_first_call_is_pure_noise(core):
     schedule = Flow()
     teacher = two_modes(schedule)
     x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = reference_solution(teacher, x, math.inf, 0.0, 600)
     grid = make_grid(schedule, 20)
     assert grid.alpha[0] == 0.0 and grid.sigma[-1] == 0.0
-    errors = [float((sample(teacher, x, deis_plan(grid, k)) - exact).norm()) for k in range(3)]
+    errors = [float((sample(teacher, x, deis_plan(grid, k, core=core)) - exact).norm()) for k in range(3)]
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1]
+
+
+@pytest.mark.parametrize("core", ["noise", "data"])
+@pytest.mark.parametrize(("schedule", "eta"), [(VPLinear(), 0.5), (VPLinear(), 1.0), (Flow(), 1.0)])
+def test_the_stochastic_variants_sample_the_data(core, schedule, eta):
+    """Mean and spread of a Gaussian, against its closed form."""
+    teacher = GaussianTeacher([1.0, -2.0], [0.5, 0.2], schedule)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 2, dtype=torch.float64, generator=generator)
+    plan = deis_plan(make_grid(schedule, 150, "quadratic"), 1, core=core, eta=eta)
+    draws = sample(teacher, x, plan, noise=lambda _, shape: torch.randn(shape, generator=generator))
+    torch.testing.assert_close(draws.mean(0), teacher.means[0], rtol=0.03, atol=0.03)
+    torch.testing.assert_close(draws.std(0), torch.tensor([0.5, 0.2], dtype=torch.float64), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0, 1.5])
+def test_data_core_noise_keeps_the_marginals_at_any_step_size(eta):
+    """With x0 known, a step from the marginal of its start lands on the marginal of its end, however long it is."""
+    grid = make_grid(VPLinear(), 3, "quadratic", end="sigma_min")
+    rule = Core("data", grid, eta)
+    for i in range(3):
+        ratio, width, noise = rule.span(i)
+        assert ratio * grid.alpha[i] + width == pytest.approx(grid.alpha[i + 1])
+        assert math.hypot(ratio * grid.sigma[i], noise) == pytest.approx(grid.sigma[i + 1])
+
+
+def test_noise_core_noise_is_the_papers():
+    grid = make_grid(VPLinear(), 10, "quadratic")
+    for row, i in zip(deis_plan(grid, 0, eta=0.6).rows, range(9), strict=False):
+        assert row.noise == pytest.approx(0.6 * grid.alpha[i + 1] * math.sqrt(grid.rho[i] ** 2 - grid.rho[i + 1] ** 2))
+    assert deis_plan(grid, 0, eta=0.6).rows[-1].noise == 0.0  # it would stay in the image
 
 
 def test_lower_order_final_and_errors():
     grid = make_grid(VPLinear(), 6, "quadratic")
     depths = [len(row.outputs) for row in deis_plan(grid, 3, lower_order_final=True).rows]
     assert depths == [1, 2, 3, 3, 2, 1]
-    with pytest.raises(UsageError, match="0, 1, 2 or 3"):
-        deis_plan(grid, 4)
-    with pytest.raises(UsageError, match="log-rho"):
-        deis_plan(grid, 1, "logrho")
+    for arguments, words in (
+        ({"order": 4}, "0, 1, 2 or 3"),
+        ({"order": 1, "variable": "logrho"}, "log-rho"),
+        ({"core": "score"}, "data, noise, velocity"),
+        ({"core": "velocity"}, "flow"),
+        ({"eta": -1.0}, "at least 0"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            deis_plan(grid, **arguments)
+    assert len(deis_plan(grid_of(VE(), [5.0, 1.0]), 3).rows) == 1
