@@ -3,7 +3,7 @@
 The random numbers of sample i depend on the seed and on i only; other batch sizes change images by rounding at most.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ def generate(
     *,
     steps: int | None = None,
     sampler: str | None = None,
+    sampler_options: Mapping | None = None,
+    nfe: int | None = None,
     seed: int = 0,
     guidance_scale: float = 1.0,
     batch_size: int = 256,
@@ -36,6 +38,8 @@ def generate(
         num: number of images.
         steps: sampler steps; default: what the model's folder says (a distilled student says 1).
         sampler: name in `diffaccel list samplers`; default: the model's own scheduler.
+        sampler_options: arguments of the sampler's scheduler class, such as {"solver_order": 2}.
+        nfe: in place of steps: as many steps as this many network evaluations allow, a guidance pair counted as two.
         seed: image i depends on the seed and on i only.
         guidance_scale: classifier-free guidance, 1 for none (other values double the network evaluations).
         batch_size: images per network call.
@@ -47,13 +51,18 @@ def generate(
         (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU.
 
     Raises:
-        UsageError: num, steps or batch_size below 1, unknown sampler, classes the model does not have.
+        UsageError: num, steps or batch_size below 1, a budget below one step, an unknown sampler or option, classes the
+            model does not have.
         DataError, MissingWeightsError: the model cannot be opened.
     """
     for name, value in (("num", num), ("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
-    build = get_sampler(sampler).build if sampler else None
+    if steps is not None and nfe is not None:
+        raise UsageError("Pass either steps or nfe, not both.")
+    chosen = get_sampler(sampler) if sampler else None
+    if sampler_options and chosen is None:
+        raise UsageError("sampler_options belong to a sampler; name one of `diffaccel list samplers`.")
     pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
     if not hasattr(pipeline, "num_classes"):
         raise DataError(f"{model} is a {type(pipeline).__name__}; sampling here works with pixel models (UNet2DModel).")
@@ -64,13 +73,27 @@ def generate(
         raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
     if device or isinstance(model, (str, Path)):
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress)
+    scheduler = chosen.build(pipeline.scheduler.config, **(sampler_options or {})) if chosen else pipeline.scheduler
+    if nfe is not None:
+        steps = _affordable_steps(scheduler, nfe, 2 if guidance_scale != 1.0 and pipeline.num_classes else 1)
+    return _batches(pipeline, scheduler, num, steps, seed, guidance_scale, batch_size, wanted, progress)
 
 
-def _batches(pipeline, build, num, steps, seed, guidance_scale, batch_size, wanted, progress):
+def _affordable_steps(scheduler, nfe: int, rows_per_call: int) -> int:
+    if not hasattr(scheduler, "steps_for"):
+        raise UsageError(f"nfe needs one of our samplers, not {type(scheduler).__name__}: name a sampler.")
+    least = rows_per_call * scheduler.calls(1)
+    if nfe < least:
+        raise UsageError(
+            f"nfe must be at least {least} with this sampler and guidance, the cost of one step; got {nfe}."
+        )
+    return scheduler.steps_for(nfe // rows_per_call)
+
+
+def _batches(pipeline, scheduler, num, steps, seed, guidance_scale, batch_size, wanted, progress):
     random, own = KeyedRandom(seed), pipeline.scheduler
     bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
-    pipeline.scheduler = build(own.config) if build else own
+    pipeline.scheduler = scheduler
     try:
         with bar:
             for start in range(0, num, batch_size):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.config import parse_overrides
 from ..core.errors import UsageError
 from .output import make_folder, note
 
@@ -19,6 +20,16 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's own.")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="See `diffaccel list samplers`; default: the model's own.")
+    ] = None,
+    nfe: Annotated[
+        int | None,
+        typer.Option(help="In place of --steps: a budget of network evaluations, guidance pairs counted as two."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE for the sampler, such as solver_order=2; repeat it.", show_default=False
+        ),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 100,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and on i only.")] = 0,
@@ -45,6 +56,8 @@ def sample(
 
     - `diffaccel sample digits --steps 10 --sampler deis --num 100 --grid digits.png`
 
+    - `diffaccel sample digits --nfe 16 --sampler ghvb --set ghvb_order=2.3 --guidance-scale 5 --grid digits.png`
+
     - `diffaccel sample runs/my-run/final --num 1000 --output samples/`
 
     - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
@@ -55,7 +68,11 @@ def sample(
         raise UsageError(f"{output} is not an empty folder; give another --output.")
     if grid is not None and grid.suffix.lower() != ".png":
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
-    wanted = _classes(classes)
+    if steps is not None and nfe is not None:
+        raise UsageError("Give either --steps or --nfe, not both.")
+    if overrides and sampler is None:
+        raise UsageError("--set changes a sampler: name it with --sampler, see `diffaccel list samplers`.")
+    wanted, options = _classes(classes), parse_overrides(overrides or [])
     from ..models.teachers import read_index, resolve_teacher
 
     folder, _ = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
@@ -75,6 +92,8 @@ def sample(
         num,
         steps=steps,
         sampler=sampler,
+        sampler_options=options,
+        nfe=nfe,
         seed=seed,
         guidance_scale=guidance_scale,
         batch_size=batch_size,

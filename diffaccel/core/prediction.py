@@ -6,6 +6,8 @@ With x = α·x0 + σ·ε every prediction is a fixed direction in the plane span
     epsilon     ε            ( 0, 1)
     v           α·ε − σ·x0   (−σ, α)     Salimans & Ho 2022
     flow        ε − x0       (−1, 1)     rectified flow
+    edm         F            (σ/σ_data, −σ_data·α)     Karras et al. 2022, eq. 7; `schedule.EDM`
+    edm_v       −F           (−σ/σ_data, σ_data·α)     the same with the sign of v, which it is for σ_data = 1
 
 so any of them is a linear combination of the noisy sample and any other one, found by Cramer's rule.
 """
@@ -13,6 +15,7 @@ so any of them is a linear combination of the noisy sample and any other one, fo
 from .errors import unknown
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+EDM_TYPES = ("edm", "edm_v")
 
 
 def _direction(kind: str, alpha, sigma):
@@ -25,15 +28,20 @@ def _direction(kind: str, alpha, sigma):
             return -sigma, alpha
         case "flow_prediction":
             return -1.0, 1.0
-    raise unknown("prediction type", str(kind), PREDICTION_TYPES)
+        case "edm" | "edm_v":
+            # A level of the EDM schedule knows its σ_data: σ² + (σ_data·α)² = 1. F is called "epsilon" by diffusers'
+            # EDM schedulers and −F "v_prediction".
+            noise = (1.0 - sigma * sigma) ** 0.5
+            return (sigma * alpha / noise, -noise) if kind == "edm" else (-sigma * alpha / noise, noise)
+    raise unknown("prediction type", str(kind), PREDICTION_TYPES + EDM_TYPES)
 
 
 def coefficients(source: str, target: str, alpha, sigma):
     """Return (p, r) with ``target = p·x + r·source`` at noise level (alpha, sigma).
 
     Args:
-        source, target: one of `PREDICTION_TYPES`.
-        alpha, sigma: floats or broadcastable tensors of the native scale, not both zero.
+        source, target: one of `PREDICTION_TYPES` or, on levels of the EDM schedule, of `EDM_TYPES`.
+        alpha, sigma: floats or broadcastable tensors of the native scale, not both zero; float64 for `EDM_TYPES`.
 
     Raises:
         UsageError: unknown prediction type.

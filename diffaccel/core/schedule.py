@@ -1,7 +1,8 @@
-"""Noise schedules: x_t = α(t)·x0 + σ(t)·ε, for VP, VE and rectified flow.
+"""Noise schedules: x_t = α(t)·x0 + σ(t)·ε, for VP, VE, EDM and rectified flow.
 
 The time ``t`` is the number that diffusers calls a timestep: 0 … T−1 for discrete VP checkpoints (floats in between
-are meaningful), 1000·s for flow models, σ itself for VE. All methods take and return float64 tensors of any shape.
+are meaningful), 1000·s for flow models, σ itself for VE, log(σ/α)/4 for EDM. All methods take and return float64 tensors
+of any shape.
 
 Notation: rho = σ/α (noise-to-signal ratio), lambda_ = log(α/σ) (half log-SNR).
 """
@@ -24,10 +25,14 @@ class NoiseSchedule(ABC):
 
     Attributes:
         t_min, t_max: the cleanest and the noisiest time at which networks of this schedule are called.
+        t_clean: time of the clean image, from which rules in t count; t_min where the clean image lies at −∞ (EDM).
+        t_end: the number that marks the clean end of a grid, below every time at which a network is called.
     """
 
     t_min: float
     t_max: float
+    t_clean: float = 0.0
+    t_end: float = 0.0
 
     @abstractmethod
     def rho(self, t) -> torch.Tensor:
@@ -40,6 +45,10 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def level_from_rho(self, rho) -> tuple[torch.Tensor, torch.Tensor]:
         """(α, σ) of the level with noise-to-signal ratio rho; rho may be 0 or infinite."""
+
+    def end_from_rho(self, rho) -> tuple[torch.Tensor, torch.Tensor]:
+        """(α, σ) of the level rho in the scale in which a run hands over its result: native, except for EDM."""
+        return self.level_from_rho(rho)
 
     def level(self, t) -> tuple[torch.Tensor, torch.Tensor]:
         """(α, σ) at time t."""
@@ -87,6 +96,8 @@ class VPDiscrete(_VariancePreserving):
     Args:
         alphas_cumprod: (T,) decreasing ᾱ in (0, 1).
     """
+
+    t_end = -1.0  # time 0 of a table is still noisy
 
     def __init__(self, alphas_cumprod):
         table = _as64(alphas_cumprod).flatten()
@@ -149,8 +160,12 @@ class VPCosine(_VariancePreserving):
         return t.clamp(self.t_min, self.t_max)
 
 
+def _karras_level(u, low: float, high: float) -> torch.Tensor:
+    return (low ** (1 / 7) + _as64(u) * (high ** (1 / 7) - low ** (1 / 7))) ** 7
+
+
 class VE(NoiseSchedule):
-    """Variance exploding (EDM): α = 1, t = σ ∈ [sigma_min, sigma_max]; index fractions follow Karras et al. (ρ = 7)."""
+    """Variance exploding: α = 1, t = σ ∈ [sigma_min, sigma_max]; index fractions follow Karras et al. (ρ = 7)."""
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         self.t_min, self.t_max = sigma_min, sigma_max
@@ -166,12 +181,59 @@ class VE(NoiseSchedule):
         return torch.ones_like(rho), rho
 
     def time(self, u):
-        low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
-        return (low + _as64(u) * (high - low)) ** 7
+        return _karras_level(u, self.t_min, self.t_max)
 
     @property
     def initial_scale(self) -> float:
         return self.t_max
+
+
+class EDM(NoiseSchedule):
+    """Variance exploding through the eyes of a preconditioned network (Karras et al. 2022, table 1 and eq. 7).
+
+    Such a network is called with c_in·(x0 + ρ·ε), c_in = 1/√(ρ² + σ_data²), and c_noise = log(ρ)/4. The former is the
+    native state here, the latter the time:
+
+        α = 1/√(ρ² + σ_data²),     σ = ρ/√(ρ² + σ_data²),     t = log(ρ)/4.
+
+    So σ² + (σ_data·α)² = 1, noisy states have variance 1, and with σ_data = 1 the levels are those of a VP schedule. The
+    clean image lies at t = −∞: grids mark it by t_min − 1. Results of a run have α = 1, as diffusers' EDM schedulers
+    return them. Index fractions follow Karras et al. (ρ = 7).
+
+    Args:
+        sigma_min, sigma_max: range of ρ in which the network is called.
+        sigma_data: standard deviation of the data that the network was built for.
+
+    Raises:
+        UsageError: values that are not 0 < sigma_min < sigma_max and 0 < sigma_data.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+        if not (0.0 < sigma_min < sigma_max < math.inf and 0.0 < sigma_data < math.inf):
+            raise UsageError(
+                f"EDM needs 0 < sigma_min < sigma_max and 0 < sigma_data; got {sigma_min}, {sigma_max}, {sigma_data}."
+            )
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.t_min, self.t_max = 0.25 * math.log(sigma_min), 0.25 * math.log(sigma_max)
+        self.t_clean, self.t_end = self.t_min, self.t_min - 1.0
+
+    def rho(self, t):
+        return torch.exp(4.0 * _as64(t))
+
+    def t_from_rho(self, rho):
+        return (0.25 * torch.log(_as64(rho))).clamp(self.t_min, self.t_max)
+
+    def level_from_rho(self, rho):
+        rho = _as64(rho)
+        norm = torch.sqrt(rho**2 + self.sigma_data**2)
+        return 1.0 / norm, torch.where(torch.isinf(rho), torch.ones_like(rho), rho / norm)
+
+    def end_from_rho(self, rho):
+        rho = _as64(rho)
+        return torch.ones_like(rho), rho
+
+    def time(self, u):
+        return self.t_from_rho(_karras_level(u, self.sigma_min, self.sigma_max))
 
 
 class Flow(NoiseSchedule):
@@ -227,16 +289,19 @@ def _zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return rescaled
 
 
+_OTHER = ("ScoreSde", "KarrasVe", "VQ", "RePaint", "CosineDPM", "CMStochastic", "SCM")
+
+
 def family(config: Mapping, name: str = "") -> str:
     """What kind of model a diffusers scheduler's configuration belongs to: "vp", "flow" or "edm".
 
     Args:
         config: the configuration; flow-matching schedulers do not record that they are flows, only ``shift`` without
-            betas tells.
+            betas tells. EDM is told by ``timestep_type`` "continuous", by ``sigma_data`` or by the name.
         name: class name, where the configuration lacks ``_class_name``.
 
     Raises:
-        UsageError: a scheduler of another kind (score-based VE SDE, IPNDM's own cosine, …).
+        UsageError: a scheduler of another kind (score-based VE SDE, consistency models, IPNDM's own cosine, …).
     """
     name = name or str(config.get("_class_name", ""))
     without_betas = "beta_start" not in config
@@ -244,13 +309,23 @@ def family(config: Mapping, name: str = "") -> str:
         return "flow"
     if "shift" in config and without_betas:
         return "flow"
-    if name.startswith("EDM") or ("sigma_data" in config and without_betas):
+    # EulerDiscrete ignores "continuous" unless it predicts v; sigma_data is what EDM schedulers and ours have besides.
+    continuous = config.get("timestep_type") == "continuous"
+    if name.startswith("EDM") or (
+        continuous and (config.get("prediction_type") == "v_prediction" or "sigma_data" in config)
+    ):
         return "edm"
     public = {key for key in config if not key.startswith("_")}
-    other = name.startswith(("ScoreSde", "IPNDM", "KarrasVe", "VQ", "RePaint")) or {"snr", "sigma_max"} <= public
+    other = name.startswith(_OTHER) or {"snr", "sigma_max"} <= public
+    other |= name.startswith("IPNDM") and without_betas  # ours of that name has betas
+    if "sigma_data" in config and without_betas:
+        # CosineDPMSolverMultistep (network time arctan σ) has all keys of EDM's DPM-Solver but algorithm_type.
+        other |= "sigma_schedule" not in config or ("solver_order" in config and "algorithm_type" not in config)
+        if not other:
+            return "edm"
     if other or (public == {"num_train_timesteps", "trained_betas"} and config["trained_betas"] is None):
         raise UsageError(
-            f"The noise schedule of {name or 'this scheduler'} is neither VP nor a flow; it cannot be used here."
+            f"The noise schedule of {name or 'this scheduler'} is neither VP, EDM nor a flow; it cannot be used here."
         )
     return "vp"
 
@@ -262,16 +337,31 @@ def from_diffusers(scheduler) -> NoiseSchedule:
         scheduler: a SchedulerMixin object or its config mapping.
 
     Raises:
-        UsageError: a kind or a beta schedule that is not known.
+        UsageError: a kind or a beta schedule that is not known, an EDM range that is empty.
     """
     is_config = isinstance(scheduler, Mapping)
     config = scheduler if is_config else scheduler.config
     kind = family(config, "" if is_config else type(scheduler).__name__)
     if kind == "flow":
         return Flow(config.get("num_train_timesteps", 1000))
-    if kind == "edm":
-        return VE(config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
+    return _edm(config) if kind == "edm" else _vp(config)
+
+
+def _vp(config: Mapping) -> VPDiscrete:
     alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+    shift = config.get("snr_shift_scale", 1.0)  # CogVideoX: SNR divided by it, as resolution shifts do
+    alphas_cumprod = alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)
     if config.get("rescale_betas_zero_snr"):
         alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
     return VPDiscrete(alphas_cumprod)
+
+
+def _edm(config: Mapping) -> EDM:
+    low, high, data = config.get("sigma_min"), config.get("sigma_max"), config.get("sigma_data")
+    if "beta_start" not in config:
+        return EDM(0.002 if low is None else low, 80.0 if high is None else high, 0.5 if data is None else data)
+    if low is None or high is None:  # EulerDiscrete then takes the ends of its table
+        table = _vp(config)
+        low = float(table.rho(table.t_min)) if low is None else low
+        high = float(table.rho(table.t_max)) if high is None else high
+    return EDM(low, high, 1.0 if data is None else data)

@@ -161,11 +161,11 @@ def denoiser_of(pipeline):
     Raises:
         UsageError: a noise schedule that is neither VP nor a flow.
     """
-    from ..core.schedule import VE, Flow, from_diffusers
+    from ..core.schedule import EDM, Flow, from_diffusers
     from .unet2d import UNet2DDenoiser
 
     schedule = from_diffusers(pipeline.scheduler)
-    if isinstance(schedule, VE):
+    if isinstance(schedule, EDM):
         raise UsageError("EDM-preconditioned networks are not supported; only VP (DDPM) and flow models are.")
     default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
     return UNet2DDenoiser(pipeline.unet, schedule, pipeline.scheduler.config.get("prediction_type") or default)

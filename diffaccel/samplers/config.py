@@ -7,11 +7,25 @@ from collections.abc import Callable, Mapping
 from diffusers.configuration_utils import register_to_config
 
 from ..core.errors import UsageError, unknown
-from ..core.grids import ENDS, GRIDS, SHIFT_TYPES
+from ..core.grids import ENDS, SHIFT_TYPES
 from ..core.prediction import PREDICTION_TYPES
-from ..core.schedule import family
+from ..core.schedule import EDM, family, from_diffusers
+from ..core.spacings import GRIDS, Options
 
 TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
+TIMESTEP_TYPES = ("discrete", "continuous")
+SIGMA_SCHEDULES = ("karras", "exponential")
+# diffusers' switches and the grids they mean. On VP, uniform λ is what diffusers computes for "lu".
+_SWITCHES = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "log-snr",
+}
+# What describes the model: carried over even where it was only a default of the class that a configuration comes from.
+_VP_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
+_EDM_KEYS = ("timestep_type", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
+_MODEL_KEYS = ("num_train_timesteps", "prediction_type", *_VP_KEYS, *_EDM_KEYS)
 
 
 def common(
@@ -22,11 +36,15 @@ def common(
     trained_betas: list[float] | None = None,
     prediction_type: str = "epsilon",
     rescale_betas_zero_snr: bool = False,
+    snr_shift_scale: float = 1.0,
     timestep_spacing: str = "trailing",
     steps_offset: int = 0,
     grid: str | None = None,
+    grid_power: float | None = None,
     use_karras_sigmas: bool = False,
     use_exponential_sigmas: bool = False,
+    use_beta_sigmas: bool = False,
+    use_lu_lambdas: bool = False,
     final_sigmas_type: str = "zero",
     thresholding: bool = False,
     dynamic_thresholding_ratio: float = 0.995,
@@ -43,17 +61,26 @@ def common(
     max_shift: float = 1.15,
     base_image_seq_len: int = 256,
     max_image_seq_len: int = 4096,
+    timestep_type: str = "discrete",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    sigma_data: float = 1.0,
+    sigma_schedule: str = "karras",
+    rho: float = 7.0,
 ) -> None:
     """Arguments of every scheduler here; names and meanings are those of diffusers' configurations.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the VP schedule.
         rescale_betas_zero_snr: bend the VP schedule to end in pure noise (Lin et al. 2023).
+        snr_shift_scale: divide the signal-to-noise ratio of the VP schedule by this (CogVideoX).
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction"; the last means a flow schedule.
         timestep_spacing: "trailing", "leading" (with ``steps_offset``) or "linspace".
-        grid: a name in `core.grids.GRIDS`, in place of ``timestep_spacing``; kept apart so that stock schedulers can
-            read this configuration.
-        use_karras_sigmas, use_exponential_sigmas: diffusers' names for the grids "karras" and "log-snr".
+        grid: a name in `core.spacings.GRIDS`, in place of ``timestep_spacing`` and of the switches below; kept apart so
+            that stock schedulers can read this configuration.
+        grid_power: exponent of the grids "quadratic" (None: 2) and "karras" (None: ``rho``), above 0.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas: diffusers' names for the grids
+            "karras", "exponential", "beta" and "log-snr"; at most one.
         final_sigmas_type: "zero" ends at the clean image, "sigma_min" at the cleanest training level.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0 (Saharia et al. 2022).
         clip_sample, clip_sample_range: clamp x0; ε then follows the clamped x0. Not for latents.
@@ -62,6 +89,12 @@ def common(
         shift_terminal: σ of the last call after shifting.
         use_dynamic_shifting, time_shift_type: take the shift from the ``mu`` of each `set_timesteps`.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines that compute ``mu``.
+        timestep_type: "continuous" means a preconditioned (EDM) network, called with 0.25·log σ; ``prediction_type`` then
+            says with which sign its output counts: "epsilon" as in Karras et al. 2022, "v_prediction" the opposite.
+        sigma_min, sigma_max: range of σ of an EDM network; None: the ends of the VP schedule.
+        sigma_data: standard deviation of the data that an EDM network was built for.
+        sigma_schedule: grid of an EDM network that nothing above chooses another for, "karras" or "exponential".
+        rho: exponent of the grid "karras".
     """
 
 
@@ -92,44 +125,77 @@ def validate(config: Mapping) -> None:
         "timestep_spacing": TIMESTEP_SPACINGS,
         "final_sigmas_type": ENDS,
         "time_shift_type": SHIFT_TYPES,
+        "timestep_type": TIMESTEP_TYPES,
+        "sigma_schedule": SIGMA_SCHEDULES,
     }
     for key, names in allowed.items():
         if config[key] not in names:
             raise unknown(key, str(config[key]), names)
     if config["grid"] is not None and config["grid"] not in GRIDS:
         raise unknown("grid", str(config["grid"]), GRIDS)
-    if config["use_karras_sigmas"] and config["use_exponential_sigmas"]:
-        raise UsageError("Set only one of use_karras_sigmas and use_exponential_sigmas.")
+    if sum(bool(config[switch]) for switch in _SWITCHES) > 1:
+        raise UsageError(f"Set only one of {', '.join(_SWITCHES)}.")
+    grid_options(config)
 
 
 def grid_name(config: Mapping) -> str:
-    """The name in `core.grids.GRIDS` that a configuration asks for."""
-    if config["use_karras_sigmas"]:
-        return "karras"
-    if config["use_exponential_sigmas"]:
-        return "log-snr"
-    return config["grid"] or config["timestep_spacing"]
+    """The name in `core.spacings.GRIDS` that a configuration asks for."""
+    chosen = [config["grid"], *(grid for switch, grid in _SWITCHES.items() if config[switch])]
+    fallback = config["sigma_schedule"] if family(config) == "edm" else config["timestep_spacing"]
+    return next(filter(None, chosen), fallback)
+
+
+def grid_options(config: Mapping) -> Options:
+    """The parameters of the grid that a configuration asks for.
+
+    Raises:
+        UsageError: an exponent that is not above 0.
+    """
+    power = config["grid_power"]
+    if power is None and grid_name(config) == "karras":
+        power = config["rho"]
+    return Options(steps_offset=config["steps_offset"], power=power)
+
+
+def network_output(config: Mapping) -> str:
+    """What the network predicts, by its name in `core.prediction`; EDM schedulers use other networks' names."""
+    kind = config["prediction_type"]
+    return {"epsilon": "edm", "v_prediction": "edm_v"}.get(kind, kind) if family(config) == "edm" else kind
 
 
 def translated(config: Mapping) -> dict:
     """The configuration of any diffusers scheduler with what its class left unsaid written out.
 
-    Flow-matching Euler and Heun do not record that they are flows; only their ``shift`` without betas tells.
+    Flow-matching Euler and Heun do not record that they are flows; only their ``shift`` without betas tells. EDM
+    schedulers do not record that their networks are preconditioned; here that is ``timestep_type`` "continuous", as
+    EulerDiscrete has it for Stable Video Diffusion. All keys that they read stay as they are, for the way back.
 
     Raises:
-        UsageError: a scheduler whose network input is preconditioned (EDM), or a grid that does not exist here.
+        UsageError: a schedule or a setting that does not exist here.
     """
     config = dict(config)
     kind = family(config)
+    defaults = [key for key in config.get("_use_default_values", []) if key not in _MODEL_KEYS]
+    if "_use_default_values" in config:
+        config["_use_default_values"] = defaults
     if kind == "edm":
-        raise UsageError("EDM schedulers precondition the network themselves and cannot be replaced: keep them.")
-    if config.get("use_beta_sigmas"):
-        raise UsageError(f"use_beta_sigmas is not available; set it to False and grid to one of {', '.join(GRIDS)}.")
-    if kind == "flow" and "beta_start" not in config:
+        schedule: EDM = from_diffusers(config)
+        config.update(timestep_type="continuous", sigma_data=schedule.sigma_data)
+        if "beta_start" not in config:  # else None means the ends of the VP schedule, to EulerDiscrete as well
+            config.update(sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max)
+    elif kind == "vp":
+        if "timestep_type" in config:  # EulerDiscrete ignores "continuous" unless it predicts v
+            config["timestep_type"] = "discrete"
+        limits = (config.get("sigma_min"), config.get("sigma_max"))
+        if limits != (None, None) and any(config.get(switch) for switch in _SWITCHES):
+            raise UsageError(
+                f"sigma_min and sigma_max of a VP model are not available; got {limits}: set them to None or pass sigmas."
+            )
+    elif "beta_start" not in config:
         if config.get("invert_sigmas"):
             raise UsageError("invert_sigmas (Mochi) is not available; use the pipeline's own scheduler.")
         config.pop("_class_name", None)
-        defaults = config.get("_use_default_values", [])
-        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
+        # Not use_flow_sigmas: FLUX-type pipelines then ignore their own sigmas.
+        flow = {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
         config.update(flow, _use_default_values=[key for key in defaults if key not in flow])
     return config

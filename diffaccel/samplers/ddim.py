@@ -1,5 +1,6 @@
 """DDIM: the first-order sampler of every schedule, deterministic or stochastic."""
 
+import itertools
 import math
 
 from ..core.errors import UsageError
@@ -27,21 +28,15 @@ def ddim_plan(levels: Grid, eta: float = 0.0) -> Plan:
     """
     if not 0.0 <= eta <= 1.0:
         raise UsageError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral); got {eta!r}.")
-    rows = []
-    for i in range(levels.steps):
-        alpha, sigma = levels.alpha[i], levels.sigma[i]
-        next_alpha, next_sigma = levels.alpha[i + 1], levels.sigma[i + 1]
-        noise = eta * next_sigma * math.sqrt(1.0 - (levels.rho[i + 1] / levels.rho[i]) ** 2)
-        direction = math.sqrt(next_sigma**2 - noise**2) / sigma
-        rows.append(
-            Row(
-                t=levels.times[i],
-                alpha=alpha,
-                sigma=sigma,
-                quantity="sample",
-                states=(direction,),
-                outputs=(next_alpha - direction * alpha,),
-                noise=noise,
-            )
-        )
-    return Plan(tuple(rows), name=f"ddim(eta={eta:g})")
+    nodes = list(zip(levels.times, levels.alpha, levels.sigma, strict=True))
+    return Plan(tuple(ddim_row(*pair, eta) for pair in itertools.pairwise(nodes)), name=f"ddim(eta={eta:g})")
+
+
+def ddim_row(level: tuple[float, float, float], following: tuple[float, float, float], eta: float = 0.0) -> Row:
+    """The row of one DDIM step between two levels (t, α, σ); with eta = 0 they may come in any order."""
+    (t, alpha, sigma), (_, next_alpha, next_sigma) = level, following
+    noise = 0.0
+    if eta:  # 1 − (rho'/rho)², without forming rho where α = 0
+        noise = eta * next_sigma * math.sqrt(1.0 - (next_sigma * alpha / (next_alpha * sigma)) ** 2)
+    direction = math.sqrt(next_sigma**2 - noise**2) / sigma
+    return Row(t, alpha, sigma, "sample", (direction,), (next_alpha - direction * alpha,), noise)

@@ -18,7 +18,9 @@ _GHVB = (0.5, 0.2, 0.1)
 Rule = Callable[[int], Slope | None]
 
 
-def with_momentum(kind: str | None, beta: float, predict: Rule, correct: Rule | None = None) -> tuple[Rule, Rule | None]:
+def with_momentum(
+    kind: str | None, beta: float, predict: Rule, correct: Rule | None = None
+) -> tuple[Rule, Rule | None]:
     """Filter the slope p of a rule (Wizadwongsa et al. 2024, section 4.1).
 
         heavy ball    u_n = v_n,                   v_n = (1−β)·v_{n−1} + β·p_n

@@ -2,11 +2,11 @@
 
 The probability-flow ODE has three exact forms (ρ = σ/α):
 
-    noise       d(x/α) = ε dρ
-    data        d(x/σ) = x0 d(1/ρ)
-    velocity    dx = v ds          (flows, s = σ)
+    noise       d(x/α)     = ε dρ
+    data        d(x/σ)     = x0 d(1/ρ)
+    velocity    d(x/(α+σ)) = (ε − x0) ds,     s = σ/(α+σ)
 
-so each step is x' = A·x + W·u, with A and W known exactly and u a mean of the integrated quantity over the step. A
+the last being dx = v dσ on flows, where α + σ = 1, and equally true elsewhere; each step is x' = A·x + W·u, with A and W known exactly and u a mean of the integrated quantity over the step. A
 multistep rule is a choice of u; with momentum u also carries over a part of the mean of the step before.
 """
 
@@ -25,7 +25,7 @@ from .forms import Form, weighted
 from .plan import Plan, Row
 
 QUANTITIES = {"noise": "epsilon", "data": "sample", "velocity": "flow_prediction"}
-VARIABLES = ("t", "rho", "log-rho", "angle")
+VARIABLES = ("t", "rho", "log-rho", "angle", "s")
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _TINY_ALPHA = 1e-3  # below it ε hardly determines x0, so the row stores x0 and ε is recovered from state and x0
 
@@ -41,12 +41,12 @@ class Core:
         data    dy = (1+η²)·(y − x0)/ρ dρ + η·sqrt(2ρ|dρ|)·z     (exact for constant x0, for every step size)
 
     Args:
-        name: "noise", "data" or "velocity"; the last for flows with eta = 0.
+        name: "noise", "data" or "velocity"; the last for eta = 0 only.
         grid: the grid to step on.
         eta: how stochastic, ≥ 0.
 
     Raises:
-        UsageError: an unknown name, velocity where it does not apply, a negative eta.
+        UsageError: an unknown name, velocity with noise, a negative eta.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Core:
             raise unknown("core", str(self.name), QUANTITIES)
         if not 0.0 <= self.eta < math.inf:
             raise UsageError(f"eta must be at least 0 (0 deterministic, 1 ancestral); got {self.eta!r}.")
-        if self.name == "velocity" and (self.eta or not isinstance(self.grid.schedule, Flow)):
-            raise UsageError("The velocity core is for flow models with eta = 0; use the core noise or data.")
+        if self.name == "velocity" and self.eta:
+            raise UsageError("The velocity core is for eta = 0; use the core noise or data.")
 
     @property
     def power(self) -> float:
@@ -71,7 +71,8 @@ class Core:
         alpha, sigma = self.grid.alpha[step], self.grid.sigma[step]
         next_alpha, next_sigma = self.grid.alpha[step + 1], self.grid.sigma[step + 1]
         if self.name == "velocity":
-            return 1.0, next_sigma - sigma, 0.0
+            scale, next_scale = alpha + sigma, next_alpha + next_sigma
+            return next_scale / scale, next_sigma - next_scale / scale * sigma, 0.0
         rho, next_rho = self.grid.rho[step], self.grid.rho[step + 1]
         if self.name == "noise":
             if alpha == 0.0:
@@ -121,6 +122,8 @@ class Core:
             return self.grid.times[node]
         if variable == "angle":
             return math.atan(rho)
+        if variable == "s":
+            return rho / (1.0 + rho) if math.isfinite(rho) else 1.0
         return rho if variable == "rho" else math.log(rho) if rho > 0.0 else -math.inf
 
     def _quadrature(self, start: float, stop: float, variable: str) -> tuple[np.ndarray, np.ndarray]:
@@ -233,6 +236,8 @@ def _variable_of_rho(grid: Grid, rho: np.ndarray, variable: str) -> np.ndarray:
         return grid.schedule.t_from_rho(torch.from_numpy(rho)).numpy()
     if variable == "angle":
         return np.arctan(rho)
+    if variable == "s":
+        return 1.0 - 1.0 / (1.0 + rho)
     return rho if variable == "rho" else np.log(rho)
 
 

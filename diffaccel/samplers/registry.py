@@ -1,5 +1,6 @@
 """The samplers by the names that the command line uses. Importing this needs neither torch nor diffusers."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -7,7 +8,8 @@ from types import MappingProxyType
 from ..core.errors import unknown
 from ..core.lazy import load_object
 
-_GRID_KEYS = {"grid", "timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas"}
+_SWITCHES = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
+_GRID_KEYS = {"grid", "grid_power", "timestep_spacing", *_SWITCHES}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Sampler:
         nfe_per_step: network calls per step, without guidance.
         target: "module:class" of the scheduler.
         defaults: keyword arguments that make the class this sampler.
-        vp_grid: the grid that suits it on VP models, used where the caller names none; flows keep their own spacing.
+        vp_grid: the grid that suits it on VP models, used where the caller and the model's configuration name none; flows
+            and EDM models keep their own spacing.
     """
 
     name: str
@@ -42,48 +45,82 @@ class Sampler:
         Args:
             config: ``pipe.scheduler.config`` of any diffusers scheduler for VP or flow models; None for the defaults.
             **overrides: configuration values on top of ``defaults``.
+
+        Raises:
+            UsageError: a name that the class does not take, or a value that does not exist.
         """
+        from ..core.schedule import family  # here, because it imports torch
+
         arguments = {**self.defaults, **overrides}
+        known = [name for name in inspect.signature(self.load().__init__).parameters if name != "self"]
+        for name in overrides:
+            if name not in known:
+                raise unknown(f"option of sampler {self.name!r}", name, known)
         scheduler = self.load().from_config(dict(config or {}), **arguments)
-        settled = _GRID_KEYS & set(arguments) or scheduler.config.prediction_type == "flow_prediction"
-        if self.vp_grid is None or settled:
+        chosen = _GRID_KEYS & set(arguments) or any(scheduler.config[key] for key in _SWITCHES)
+        if self.vp_grid is None or chosen or family(scheduler.config) != "vp":
             return scheduler
         return self.load().from_config(scheduler.config, grid=self.vp_grid)
 
 
-_MODULE = "diffaccel.samplers.scheduler"
+_DDIM = "Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models (arXiv 2010.02502)"
 _DEIS = "Zhang & Chen 2023, Fast Sampling of Diffusion Models with Exponential Integrator (arXiv 2204.13902)"
+_MOMENTUM = "Wizadwongsa et al. 2024, Diffusion Sampling with Momentum (arXiv 2307.11118)"
+_DPM = "Lu et al. 2022, DPM-Solver++ (arXiv 2211.01095)"
+_UNIPC = "Zhao et al. 2023, UniPC: A Unified Predictor-Corrector Framework (arXiv 2302.04867)"
+
+
+def _sampler(name, summary, paper, cls, grid="quadratic", nfe_per_step=1, **defaults) -> Sampler:
+    target = f"diffaccel.samplers.scheduler:{cls}"
+    return Sampler(name, summary, paper, nfe_per_step, target, MappingProxyType(defaults), grid)
+
+
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
-        Sampler(
-            "ddim",
-            "first order, deterministic; Euler on flows",
-            "Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models (arXiv 2010.02502)",
-            1,
-            f"{_MODULE}:DDIMScheduler",
-        ),
-        Sampler(
-            "deis", "tAB-DEIS, noise as a polynomial in t", _DEIS, 1, f"{_MODULE}:DEISScheduler", vp_grid="quadratic"
-        ),
-        Sampler(
-            "deis-rho",
-            "ρAB-DEIS, noise as a polynomial in σ/α",
-            _DEIS,
-            1,
-            f"{_MODULE}:DEISScheduler",
-            MappingProxyType({"variable": "rho"}),
-            "quadratic",
-        ),
-        Sampler(
+        _sampler("ddim", "first order, deterministic; Euler on flows", _DDIM, "DDIMScheduler", None),
+        _sampler("ddpm", "first order, ancestral noise", _DDIM, "DDIMScheduler", None, eta=1.0),
+        _sampler("deis", "tAB-DEIS, noise (flows: velocity) as a polynomial in t", _DEIS, "DEISScheduler"),
+        _sampler("deis-rho", "ρAB-DEIS, noise as a polynomial in σ/α", _DEIS, "DEISScheduler", variable="rho"),
+        _sampler(
             "deis-log-rho",
             "noise as a polynomial in log σ/α, the rule of diffusers' DEIS",
             _DEIS,
-            1,
-            f"{_MODULE}:DEISScheduler",
-            MappingProxyType({"variable": "log-rho"}),
-            "quadratic",
+            "DEISScheduler",
+            variable="log-rho",
         ),
+        _sampler(
+            "deis-sde",
+            "stochastic DEIS: x0 as a polynomial in log σ/α, ancestral noise",
+            _DEIS,
+            "DEISScheduler",
+            solver_order=2,
+            variable="log-rho",
+            core="data",
+            eta=1.0,
+        ),
+        _sampler("ipndm", "Adams–Bashforth with the weights of equal steps", _DEIS, "IPNDMScheduler"),
+        _sampler(
+            "heavy-ball",
+            "iPNDM with heavy-ball momentum, for strong guidance",
+            _MOMENTUM,
+            "IPNDMScheduler",
+            momentum="heavy-ball",
+            beta=0.8,
+        ),
+        _sampler("ghvb", "generalised heavy ball of real order 2.5, for strong guidance", _MOMENTUM, "GHVBScheduler"),
+        _sampler("dpm-solver", "DPM-Solver++ 2M, x0 in log σ/α", _DPM, "DPMSolverScheduler"),
+        _sampler(
+            "dpm-solver-3m",
+            "DPM-Solver++ 3M with a third order that is one",
+            _DPM,
+            "DPMSolverScheduler",
+            solver_order=3,
+        ),
+        _sampler("unipc", "predictor and corrector in log σ/α", _UNIPC, "UniPCScheduler"),
+        _sampler("rho-heun", "Heun in σ/α", _DEIS, "RhoRKScheduler", nfe_per_step=2, tableau="2heun"),
+        _sampler("rho-kutta", "Kutta's third order in σ/α", _DEIS, "RhoRKScheduler", nfe_per_step=3, tableau="3kutta"),
+        _sampler("rho-rk4", "classical Runge–Kutta in σ/α", _DEIS, "RhoRKScheduler", nfe_per_step=4, tableau="4rk"),
     )
 }
 

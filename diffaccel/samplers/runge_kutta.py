@@ -7,6 +7,7 @@ import torch
 
 from ..core.errors import unknown
 from ..core.grids import Grid
+from ..core.schedule import NoiseSchedule
 from .forms import Form, weighted
 from .multistep import quantity, resolve_core, stored_as
 from .plan import Plan, Row
@@ -48,11 +49,15 @@ TABLEAUX: Mapping[str, Tableau] = {
 }  # fmt: skip
 
 
+_FAR = 200.0  # beyond it (zero terminal SNR, σ_max = 700) a Runge–Kutta step in ρ overshoots without bound
+
+
 def runge_kutta_plan(levels: Grid, tableau: str = "3kutta") -> Plan:
     """The plan of an explicit Runge–Kutta method on d(x/α) = ε dρ, or on dx = v dσ for flows.
 
     Every stage is evaluated at its own time, found by the exact inverse of ρ(t). A step to σ = 0 is first order, since
     some stages would have to be evaluated there: N steps of s stages cost s·N calls, or s·(N−1) + 1 with such an end.
+    Steps from ρ > 200 are taken in s = ρ/(1+ρ), which is what flows use throughout (σ there).
 
     Args:
         levels: the grid to step on.
@@ -63,37 +68,40 @@ def runge_kutta_plan(levels: Grid, tableau: str = "3kutta") -> Plan:
     """
     if tableau not in TABLEAUX:
         raise unknown("tableau", str(tableau), TABLEAUX)
-    table, schedule, core = TABLEAUX[tableau], levels.schedule, resolve_core(None, levels)
-    flow = core == "velocity"
-    rows: list[Row] = []
+    table, rows = TABLEAUX[tableau], []
     slopes: list[Form] = []
     for i in range(levels.steps):
-        start, stop = levels.sigma[i : i + 2] if flow else levels.rho[i : i + 2]
-        single = stop == 0.0
-        first, length = len(rows), stop - start
-        for stage in range(1 if single else len(table.nodes)):
-            if stage == 0:
-                t, alpha, sigma = levels.times[i], levels.alpha[i], levels.sigma[i]
-            else:
-                t, alpha, sigma = _level(schedule, flow, start + table.nodes[stage] * length)
-            index = first + stage
-            slopes.append(quantity(core, alpha, sigma, index))
-            last = single or stage == len(table.nodes) - 1
-            weights = (1.0,) if single else table.weights if last else table.stages[stage + 1]
-            if last:
-                next_alpha = levels.alpha[i + 1]
-            else:
-                next_alpha = _level(schedule, flow, start + table.nodes[stage + 1] * length)[1]
-            scale = 1.0 if flow else next_alpha
-            base = Form.state(first) * (1.0 if flow else 1.0 / levels.alpha[i])
-            change = weighted(weights, slopes[first : first + len(weights)])
-            states, outputs = (scale * (base + length * change)).coefficients(index)
+        core = "velocity" if levels.rho[i] > _FAR else resolve_core(None, levels)
+        start, stop = (_place(core, rho) for rho in levels.rho[i : i + 2])
+        stages = 1 if stop == 0.0 else len(table.nodes)
+        inner = [_level(levels.schedule, core, start + node * (stop - start)) for node in table.nodes[1:stages]]
+        ends = [(levels.times[j], levels.alpha[j], levels.sigma[j]) for j in (i, i + 1)]
+        nodes = [ends[0], *inner, ends[1]]
+        combinations = [*table.stages[1:stages], table.weights if stages > 1 else (1.0,)]
+        first = len(rows)
+        base = Form.state(first) / _scale(core, nodes[0])
+        for stage, weights in enumerate(combinations):
+            (t, alpha, sigma), following = nodes[stage : stage + 2]
+            slopes.append(quantity(core, alpha, sigma, first + stage))
+            change = (stop - start) * weighted(weights, slopes[first : first + len(weights)])
+            states, outputs = (_scale(core, following) * (base + change)).coefficients(first + stage)
             rows.append(Row(t, alpha, sigma, stored_as(core, alpha), states, outputs))
     return Plan(tuple(rows), order=len(table.nodes), name=f"rho-rk({tableau})")
 
 
-def _level(schedule, flow: bool, place: float) -> tuple[float, float, float]:
-    """(t, α, σ) at this σ of a flow, or at this ρ."""
-    rho = torch.tensor(place / (1.0 - place) if flow else place, dtype=torch.float64)
+def _place(core: str, rho: float) -> float:
+    """The variable that a core integrates over: ρ, or s = σ/(α+σ)."""
+    return rho if core == "noise" else 1.0 - 1.0 / (1.0 + rho)
+
+
+def _scale(core: str, level: tuple[float, float, float]) -> float:
+    """What x is divided by to become the integrated state."""
+    _, alpha, sigma = level
+    return alpha if core == "noise" else alpha + sigma
+
+
+def _level(schedule: NoiseSchedule, core: str, place: float) -> tuple[float, float, float]:
+    """(t, α, σ) at a value of the core's variable."""
+    rho = torch.tensor(place if core == "noise" else place / (1.0 - place), dtype=torch.float64)
     alpha, sigma = schedule.level_from_rho(rho)
     return float(schedule.t_from_rho(rho)), float(alpha), float(sigma)

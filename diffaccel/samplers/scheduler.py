@@ -14,6 +14,7 @@ looks there for the class of a saved pipeline. Arguments that several share:
 
 from ..core.errors import UsageError, unknown
 from ..core.grids import Grid
+from ..core.schedule import VPDiscrete
 from .adams import MAX_ORDER as MAX_ADAMS
 from .adams import ghvb_plan, ipndm_plan, split
 from .config import configured
@@ -55,7 +56,8 @@ class DDIMScheduler(PlanScheduler):
 
     @property
     def _end(self) -> str:
-        return super()._end if self.config.set_alpha_to_one else "sigma_min"
+        table = isinstance(self.noise_schedule, VPDiscrete)  # elsewhere the key is a leftover of another scheduler
+        return "sigma_min" if table and not self.config.set_alpha_to_one else super()._end
 
 
 class DEISScheduler(PlanScheduler):
@@ -282,7 +284,7 @@ class RhoRKScheduler(PlanScheduler):
         super().__init__()
         if self.config.tableau not in TABLEAUX:
             raise unknown("tableau", str(self.config.tableau), TABLEAUX)
-        self.order = len(TABLEAUX[self.config.tableau].nodes)
+        self.stages = self.order = len(TABLEAUX[self.config.tableau].nodes)
 
     def plan(self, grid: Grid) -> Plan:
         """See `runge_kutta.runge_kutta_plan`."""

@@ -9,10 +9,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.errors import UsageError
-from ..core.grids import Grid, Options, make_grid, shift_from_mu
+from ..core.grids import Grid, make_grid, shift_from_mu
 from ..core.prediction import coefficients
-from ..core.schedule import Flow, VPDiscrete, from_diffusers
-from .config import grid_name, translated, validate
+from ..core.schedule import EDM, Flow, VPDiscrete, from_diffusers
+from .config import grid_name, grid_options, network_output, translated, validate
+from .ddim import ddim_row
 from .plan import Plan, Row, Run
 
 
@@ -24,15 +25,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     Attributes:
         timesteps: (calls,) on the target device; int64 where all are whole numbers of a discrete table, else float32.
-        sigmas: (calls + 1,) float32 on the CPU; σ for flow, σ/α for VP, the end level included.
-        order: network calls per step; a last step that goes to σ = 0 always takes one.
+        sigmas: (calls + 1,) float32 on the CPU; σ for flow, σ/α for VP and EDM, the end level included.
+        stages: network calls per step; a last step that goes to σ = 0 always takes one.
+        order: the same for pipelines, which multiply step numbers with it; 1 after explicit timesteps or sigmas, whose
+            calls pipelines take for steps.
 
     Raises:
         UsageError: a configuration value that does not exist.
     """
 
     _compatibles = [kind.name for kind in KarrasDiffusionSchedulers]  # noqa: RUF012 (name and type set by diffusers)
-    order = 1
+    stages = order = 1
     init_noise_sigma = 1.0
 
     def __init__(self):
@@ -40,10 +43,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self.noise_schedule = from_diffusers({"num_train_timesteps": 1000, **self.config})
         if isinstance(self.noise_schedule, VPDiscrete):
             self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
+        self._network_output = network_output(self.config)
         self.num_inference_steps: int | None = None
         self._grid: Grid | None = None
-        first, last = self.noise_schedule.t_max, self.noise_schedule.t_min
-        self._publish(torch.arange(first, last - 1, -1, dtype=torch.float64).tolist(), device=None)
+        fractions = torch.linspace(1.0, 0.0, self.config.num_train_timesteps, dtype=torch.float64)
+        self._publish(self.noise_schedule.time(fractions).tolist(), device=None)
         self.sigmas = self._published_levels(*self.noise_schedule.level(self.timesteps))
         self._reset()
 
@@ -53,10 +57,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """Build from the configuration of any diffusers scheduler for VP or flow models.
+        """Build from the configuration of any diffusers scheduler for VP, EDM or flow models.
 
         Raises:
-            UsageError: EDM schedulers, and settings that cannot be honoured.
+            UsageError: a model of another kind, and settings that cannot be honoured.
         """
         if isinstance(config, dict):
             config = translated(config)
@@ -121,13 +125,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps,
             grid_name(config),
             end=self._end,
-            options=Options(steps_offset=config.steps_offset),
+            options=grid_options(config),
             shift=shift,
             shift_terminal=config.shift_terminal,
             timesteps=timesteps,
             sigmas=sigmas,
         )
         self.num_inference_steps = self._grid.steps
+        self.order = self.stages if timesteps is None and sigmas is None else 1
         self._plan = self.plan(self._grid)
         self._publish([row.t for row in self._plan.rows], device)
         levels = [(row.alpha, row.sigma) for row in self._plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
@@ -136,7 +141,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def calls(self, steps: int) -> int:
         """Network calls of a run of this many steps, a guidance pair counted once."""
-        return self.order * steps if self._end == "sigma_min" else self.order * (steps - 1) + 1
+        return self.stages * steps if self._end == "sigma_min" else self.stages * (steps - 1) + 1
 
     def steps_for(self, nfe: int) -> int:
         """The largest number of steps whose network calls stay within a budget.
@@ -148,8 +153,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             UsageError: a budget below the cost of one step.
         """
         if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < self.calls(1):
-            raise UsageError(f"nfe must be a whole number of at least {self.calls(1)}, the cost of one step; got {nfe!r}.")
-        return (nfe - self.calls(1)) // self.order + 1
+            raise UsageError(
+                f"nfe must be a whole number of at least {self.calls(1)}, the cost of one step; got {nfe!r}."
+            )
+        return (nfe - self.calls(1)) // self.stages + 1
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """Return the sample: states are in the network's own scale."""
@@ -220,24 +227,34 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._run: Run | None = None
 
     def _begin(self, index: int) -> None:
-        """Start a run at an index; a multistep rule warms up there, since nothing earlier was evaluated."""
-        if not 0 <= index < len(self.timesteps) or index % self.order:
-            raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)} ({self.order} per step).")
+        """Start a run at an index; a multistep rule warms up there, since nothing earlier was evaluated.
+
+        Inside a step of several calls (a split by time, as SDXL's base and refiner have it) the rest of that step goes
+        from level to level in the first order.
+        """
+        if not 0 <= index < len(self.timesteps):
+            raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)}.")
         self._step_index = index
-        self._run = Run(self._plan if index == 0 else self.plan(self._grid.tail(index // self.order)))
+        if index == 0:
+            self._run = Run(self._plan)
+            return
+        step = -(-index // self.stages)
+        levels = [(row.t, row.alpha, row.sigma) for row in self._plan.rows[index : step * self.stages + 1]]
+        rest = map(ddim_row, levels, levels[1:])
+        self._run = Run(Plan((*rest, *self.plan(self._grid.tail(step)).rows), name=self._plan.name))
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)
-        if whole and isinstance(self.noise_schedule, Flow):
-            raise UsageError(f"Flow timesteps are floats: pass an entry of scheduler.timesteps, not {timestep}.")
+        if whole and isinstance(self.noise_schedule, (Flow, EDM)):
+            raise UsageError(f"Timesteps here are floats: pass an entry of scheduler.timesteps, not {timestep}.")
         own = self.timesteps.untyped_storage().data_ptr()
         if isinstance(timestep, torch.Tensor) and timestep.untyped_storage().data_ptr() == own:
             return timestep.storage_offset()  # an entry of our own tensor: no need to read it back from the device
         wanted = float(timestep)  # the start of a step before a stage inside the one before it
-        return min(range(len(self._times)), key=lambda index: (abs(self._times[index] - wanted), index % self.order))
+        return min(range(len(self._times)), key=lambda index: (abs(self._times[index] - wanted), index % self.stages))
 
     def _converted(self, row: Row, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        source = self.config.prediction_type
+        source = self._network_output
         if self.config.clip_sample or self.config.thresholding:
             output, source = self._clipped(_convert(row, x, output, source, "sample")), "sample"
         return _convert(row, x, output, source, row.quantity)

@@ -84,7 +84,7 @@ def check_grids(make: Callable) -> None:
             scheduler = make(**options)
             scheduler.set_timesteps(steps)
             message = f"{steps} steps with {options}"
-            starts = scheduler.timesteps[:: scheduler.order], scheduler.sigmas[:-1:scheduler.order]
+            starts = scheduler.timesteps[:: scheduler.order], scheduler.sigmas[: -1 : scheduler.order]
             assert bool((starts[0].double().diff() < 0).all()), f"timesteps of steps repeat at {message}"
             assert bool((starts[1].diff() < 0).all()), f"sigmas of steps repeat at {message}"
             assert bool((scheduler.sigmas[:-1] > scheduler.sigmas[-1]).all()), f"{message}: a call at the end level"

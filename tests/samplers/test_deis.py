@@ -53,7 +53,13 @@ def test_polynomials_are_integrated_exactly(core, variable, order):
     assert sum(weights) == pytest.approx(1.0, rel=1e-12)
     rho = torch.logspace(math.log10(grid.rho[step]), math.log10(grid.rho[step + 1]), 20001, dtype=torch.float64)
     measure = {"noise": rho, "data": -1 / rho, "velocity": rho / (1 + rho) ** 2}[core]
-    places = {"t": schedule.t_from_rho, "rho": lambda r: r, "log-rho": torch.log, "angle": torch.arctan}[variable]
+    places = {
+        "t": schedule.t_from_rho,
+        "rho": lambda r: r,
+        "log-rho": torch.log,
+        "angle": torch.arctan,
+        "s": lambda r: r / (1 + r),
+    }[variable]
     nodes = places(torch.tensor(grid.rho, dtype=torch.float64))
     for power in range(order + 1):
         exact = _simpson(rho, places(rho) ** power, measure) / _simpson(rho, torch.ones_like(rho), measure)
@@ -65,7 +71,9 @@ def test_first_order_weights_have_their_closed_form():
     """z = ρ: w_1 = −Δ²/(2(ρ_n − ρ_{n−1})) (here divided by Δ)."""
     grid = make_grid(VPLinear(), 6, "quadratic")
     delta, before = grid.rho[4] - grid.rho[3], grid.rho[3] - grid.rho[2]
-    assert Core("noise", grid).lagrange(3, (3, 2), "rho") == pytest.approx((1 + delta / 2 / before, -delta / 2 / before))
+    assert Core("noise", grid).lagrange(3, (3, 2), "rho") == pytest.approx(
+        (1 + delta / 2 / before, -delta / 2 / before)
+    )
 
 
 @pytest.mark.parametrize("schedule", [Flow(), from_diffusers({}), VE()], ids=lambda s: type(s).__name__)
@@ -138,7 +146,7 @@ def test_lower_order_final_and_errors():
         ({"order": 4}, "0, 1, 2 or 3"),
         ({"order": 1, "variable": "logrho"}, "log-rho"),
         ({"core": "score"}, "data, noise, velocity"),
-        ({"core": "velocity"}, "flow"),
+        ({"core": "velocity", "eta": 1.0}, "eta = 0"),
         ({"eta": -1.0}, "at least 0"),
     ):
         with pytest.raises(UsageError, match=words):

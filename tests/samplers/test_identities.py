@@ -83,7 +83,10 @@ def test_fixed_and_variable_weights_agree_exactly_on_a_uniform_grid_and_only_the
         for grid, same in ((uniform, True), (other, order == 1)):
             pairs = zip(ghvb_plan(grid, number).rows, ghvb_plan(grid, number, variable="rho").rows, strict=True)
             gaps = [
-                max(abs(a - b) for a, b in zip((*left.states, *left.outputs), (*right.states, *right.outputs), strict=True))
+                max(
+                    abs(a - b)
+                    for a, b in zip((*left.states, *left.outputs), (*right.states, *right.outputs), strict=True)
+                )
                 for left, right in list(pairs)[order:]  # warm-up through lower orders differs
             ]
             assert (max(gaps) < 1e-11) == same

@@ -30,13 +30,17 @@ def end_points(make_stock, ours, steps):
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
 def test_second_order_equals_diffusers_dpm_solver(spacing, lower):
     config = {**SD, "timestep_spacing": spacing, "steps_offset": 1, "lower_order_final": lower}
-    found, expected = end_points(lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 9)
+    found, expected = end_points(
+        lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 9
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_noise_prediction_equals_diffusers_dpm_solver():
     config = {**SD, "timestep_spacing": "linspace", "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-    found, expected = end_points(lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 9)
+    found, expected = end_points(
+        lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 9
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -49,7 +53,9 @@ def test_unipc_equals_diffusers(order, solver_type, corrector):
         config["final_sigmas_type"] = "sigma_min"
     disabled = [] if corrector else list(range(99))
     found, expected = end_points(
-        lambda: diffusers.UniPCMultistepScheduler(**config, disable_corrector=disabled), UniPCScheduler(**config, corrector=corrector), 9
+        lambda: diffusers.UniPCMultistepScheduler(**config, disable_corrector=disabled),
+        UniPCScheduler(**config, corrector=corrector),
+        9,
     )
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
@@ -63,7 +69,9 @@ def test_unipc_with_noise_prediction_equals_diffusers():
 def test_diffusers_third_order_is_second_order():
     """Its second difference lacks a factor 2, so ours agrees with it only as far as second order goes."""
     config = {**SD, "timestep_spacing": "linspace", "solver_order": 3}
-    found, expected = end_points(lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 12)
+    found, expected = end_points(
+        lambda: diffusers.DPMSolverMultistepScheduler(**config), DPMSolverScheduler(**config), 12
+    )
     assert 1e-4 < float((found - expected).abs().max()) < 0.2
 
 

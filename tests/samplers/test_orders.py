@@ -98,7 +98,9 @@ def measured_order(plan, schedule, nodes, starts, kinds):
         run, x = Run(plan(grid)), START.repeat(len(kinds), 1)
         for call, row in enumerate(run.plan.rows):
             x0 = teacher_on(schedule)(x, torch.full((len(x),), row.t, dtype=torch.float64))
-            output = torch.cat([_through(kind, x0, x, row) for kind, x0, x in zip(kinds, x0.split(2), x.split(2), strict=True)])
+            output = torch.cat(
+                [_through(kind, x0, x, row) for kind, x0, x in zip(kinds, x0.split(2), x.split(2), strict=True)]
+            )
             x = run.advance(x, output)
             if call < starts:
                 x = states[call + 1].repeat(len(kinds), 1)
@@ -136,7 +138,9 @@ def test_order_on_vp(plan, order, starts, grid):
     assert measured == pytest.approx([order] * 3, abs=0.15)
 
 
-@pytest.mark.parametrize(("plan", "order", "starts", "grid"), [r[1:] for r in FLOW_RULES], ids=[r[0] for r in FLOW_RULES])
+@pytest.mark.parametrize(
+    ("plan", "order", "starts", "grid"), [r[1:] for r in FLOW_RULES], ids=[r[0] for r in FLOW_RULES]
+)
 def test_order_on_a_flow(plan, order, starts, grid):
     nodes = flow_nodes if grid == SMOOTH else flow_uniform_nodes
     measured = measured_order(plan, FLOW, nodes, starts, ("flow_prediction",))

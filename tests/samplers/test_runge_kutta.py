@@ -4,7 +4,7 @@ from analytic import two_modes
 
 from diffaccel.core.errors import UsageError
 from diffaccel.core.grids import make_grid
-from diffaccel.core.schedule import Flow, VPLinear
+from diffaccel.core.schedule import Flow, VPLinear, from_diffusers
 from diffaccel.samplers.runge_kutta import TABLEAUX, runge_kutta_plan
 from diffaccel.samplers.sample import sample
 from diffaccel.samplers.scheduler import RhoRKScheduler
@@ -62,11 +62,42 @@ def test_flows_are_integrated_in_the_velocity_from_pure_noise(tableau):
     assert float((sample(teacher, x, plan) - exact).norm() / exact.norm()) < 0.02
 
 
-def test_a_run_begins_at_a_step_not_inside_one():
-    scheduler, x = RhoRKScheduler(tableau="3kutta"), torch.zeros(1, 2)
+def test_a_run_may_begin_inside_a_step():
+    """The rest of the step goes from stage to stage in the first order, then the rule takes over."""
+    scheduler, x = RhoRKScheduler(tableau="3kutta", prediction_type="sample"), torch.ones(1, 2)
     scheduler.set_timesteps(4)
-    scheduler.set_begin_index(4)
-    with pytest.raises(UsageError, match="3 per step"):
+    for begin in (4, 5):
+        scheduler.set_begin_index(begin)
+        scheduler._step_index = None
+        state = x
+        for t in scheduler.timesteps[begin:]:
+            state = scheduler.step(torch.full_like(x, 0.25), t, state).prev_sample
+        torch.testing.assert_close(state, torch.full_like(x, 0.25))
+    scheduler.set_begin_index(10)
+    scheduler._step_index = None
+    with pytest.raises(UsageError, match="call 10 of 10"):
         scheduler.step(x, scheduler.timesteps[4], x)
+
+
+def test_explicit_levels_are_counted_as_calls():
+    """Pipelines take the calls that follow from explicit levels for steps, so ``order`` must not multiply them."""
+    scheduler = RhoRKScheduler(tableau="2heun")
+    scheduler.set_timesteps(timesteps=[999, 500, 100])
+    assert scheduler.order == 1 and len(scheduler.timesteps) == 5
+    scheduler.set_timesteps(3)
+    assert scheduler.order == 2
+
+
+@pytest.mark.parametrize("tableau", ["2heun", "3kutta", "4rk"])
+def test_zero_terminal_snr_does_not_overshoot(tableau):
+    schedule = from_diffusers({"rescale_betas_zero_snr": True})
+    teacher = two_modes(schedule)
+    x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = reference_solution(teacher, x, float(schedule.rho(999)), 0.0, 600)
+    error = sample(teacher, x, runge_kutta_plan(make_grid(schedule, 12), tableau)) - exact
+    assert float(error.norm() / exact.norm()) < 0.25
+
+
+def test_an_unknown_tableau():
     with pytest.raises(UsageError, match="3kutta"):
         RhoRKScheduler(tableau="kutta3")
