@@ -15,6 +15,7 @@ _PUBLIC = {
     "DDIMScheduler": "diffaccel.samplers.scheduler",
     "DEISScheduler": "diffaccel.samplers.scheduler",
     "DPMSolverScheduler": "diffaccel.samplers.scheduler",
+    "FlowAdamsScheduler": "diffaccel.samplers.scheduler",
     "GHVBScheduler": "diffaccel.samplers.scheduler",
     "IPNDMScheduler": "diffaccel.samplers.scheduler",
     "RhoRKScheduler": "diffaccel.samplers.scheduler",

@@ -129,9 +129,9 @@ class VPDiscrete(_VariancePreserving):
 class VPLinear(_VariancePreserving):
     """Continuous VP with linear β(t) = beta_min + t·(beta_max − beta_min), t ∈ [t_min, 1] (Song et al. 2021)."""
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3):
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0):
         self.beta_min, self.beta_max = beta_min, beta_max
-        self.t_min, self.t_max = t_min, 1.0
+        self.t_min, self.t_max = t_min, t_max
 
     def rho(self, t):
         t = _as64(t)

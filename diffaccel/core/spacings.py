@@ -8,7 +8,7 @@ import torch
 
 from .errors import UsageError
 from .quantiles import beta_quantile
-from .schedule import Flow, NoiseSchedule, VPDiscrete
+from .schedule import VE, Flow, NoiseSchedule, VPDiscrete, VPLinear
 
 # Align Your Steps: noise levels rho of the ten calls.
 AYS_SIGMAS = {
@@ -16,6 +16,9 @@ AYS_SIGMAS = {
     "ays-sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113),
     "ays-svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
 }
+
+
+_REFERENCE = VPLinear(t_min=0.0, t_max=float("inf"))  # whose time the grid "fast" divides, whatever the model's own is
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,21 @@ class Options:
 
     Attributes:
         steps_offset: added to the times of leading on a discrete table.
-        power: exponent of the power rules: kappa of quadratic (None: 2), rho of karras (None: 7).
+        power: exponent of the power rules: kappa of quadratic (None: 2) and of fast (None: 1.75), rho of karras (None: 7).
+        start: noise level rho of the first call of fast, at most; None: max(20, 4 per call).
 
     Raises:
-        UsageError: a power that is not a positive number.
+        UsageError: a power or a start that is not a positive number.
     """
 
     steps_offset: int = 0
     power: float | None = None
+    start: float | None = None
 
     def __post_init__(self):
-        if self.power is not None and not 0.0 < self.power < float("inf"):
-            raise UsageError(f"grid_power must be a number above 0, or None for the rule's own; got {self.power!r}.")
+        for name, value in (("grid_power", self.power), ("grid_start", self.start)):
+            if value is not None and not 0.0 < value < float("inf"):
+                raise UsageError(f"{name} must be a number above 0, or None for the rule's own; got {value!r}.")
 
 
 def _fractions(count: int) -> torch.Tensor:
@@ -104,6 +110,27 @@ def _quadratic(span, count, options):
     times = origin + (top + (end - top) * _fractions(count)) ** kappa
     times[0] = span.top
     return times if times[-1] >= span.bottom else _pinned(span, origin + _ramp(top, bottom, count) ** kappa)
+
+
+def _fast(span, count, options):
+    if isinstance(span.schedule, Flow):
+        return _trailing(span, count, options)
+    power = options.power or 1.75
+    top, bottom, end = span.schedule.rho(torch.tensor([span.top, span.bottom, span.end], dtype=torch.float64))
+    if span.end < span.bottom:
+        end = torch.zeros_like(end)
+    first = float(top)
+    # VE states are not in the scale of the noise, and networks for zero terminal SNR are trained to start from pure noise.
+    if not isinstance(span.schedule, VE) and first < 1000.0:
+        first = min(first, options.start or max(20.0, 4.0 * count))
+    edges = _REFERENCE.t_from_rho(torch.stack([torch.full_like(top, first), bottom, end])) ** (1.0 / power)
+    times = (edges[0] + (edges[2] - edges[0]) * _fractions(count)) ** power
+    if times[-1] < edges[1] ** power:
+        times = _ramp(edges[0], edges[1], count) ** power
+    times = span.schedule.t_from_rho(_REFERENCE.rho(times))
+    if first == float(top):
+        times[0] = span.top
+    return times
 
 
 def _karras(span, count, options):
@@ -178,6 +205,12 @@ GRIDS = {
         GridKind("leading", "uniform in t from the clean end, never reaches pure noise", _LIN, _leading),
         GridKind("linspace", "uniform in t with a call at both ends of the table", _LIN, _linspace),
         GridKind("quadratic", "uniform in t^(1/power), power 2", "Zhang & Chen 2023 (DEIS)", _quadratic),
+        GridKind(
+            "fast",
+            "uniform in (time of the linear VP schedule)^(1/power), power 1.75, from rho = max(20, 4 per call) at most",
+            "benchmarks/samplers.py",
+            _fast,
+        ),
         GridKind("karras", "uniform in rho^(1/power), power 7 (flow: in sigma)", _KARRAS, _karras, True),
         GridKind("exponential", "uniform in log rho (flow: in log sigma)", "diffusers", _exponential, True),
         GridKind("log-snr", "uniform in log rho, on flows too", "Lu et al. 2022 (DPM-Solver)", _log_snr, True),

@@ -41,6 +41,7 @@ def common(
     steps_offset: int = 0,
     grid: str | None = None,
     grid_power: float | None = None,
+    grid_start: float | None = None,
     use_karras_sigmas: bool = False,
     use_exponential_sigmas: bool = False,
     use_beta_sigmas: bool = False,
@@ -78,7 +79,8 @@ def common(
         timestep_spacing: "trailing", "leading" (with ``steps_offset``) or "linspace".
         grid: a name in `core.spacings.GRIDS`, in place of ``timestep_spacing`` and of the switches below; kept apart so
             that stock schedulers can read this configuration.
-        grid_power: exponent of the grids "quadratic" (None: 2) and "karras" (None: ``rho``), above 0.
+        grid_power: exponent of the grids "fast" (None: 1.75), "quadratic" (None: 2) and "karras" (None: ``rho``), above 0.
+        grid_start: σ/α of the first call of the grid "fast", at most; None: max(20, 4 per call).
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas: diffusers' names for the grids
             "karras", "exponential", "beta" and "log-snr"; at most one.
         final_sigmas_type: "zero" ends at the clean image, "sigma_min" at the cleanest training level.
@@ -109,8 +111,9 @@ def configured(init: Callable) -> Callable:
         init(self, *args, **kwargs)
 
     own = [p for p in inspect.signature(init).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    shared = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(common).parameters.values()]
-    checked.__signature__ = inspect.Signature(own + shared)
+    named = {p.name for p in own}  # an argument of its own replaces the shared one of that name
+    shared = [p for p in inspect.signature(common).parameters.values() if p.name not in named]
+    checked.__signature__ = inspect.Signature(own + [p.replace(kind=p.KEYWORD_ONLY) for p in shared])
     return register_to_config(checked)
 
 
@@ -138,6 +141,12 @@ def validate(config: Mapping) -> None:
     grid_options(config)
 
 
+def with_grid(arguments: Mapping) -> dict:
+    """Arguments in which naming a spacing or a switch sets ``grid`` aside, unless that is named as well."""
+    named = [key for key in ("timestep_spacing", *_SWITCHES) if arguments.get(key)]
+    return {**arguments, "grid": None} if named and "grid" not in arguments else dict(arguments)
+
+
 def grid_name(config: Mapping) -> str:
     """The name in `core.spacings.GRIDS` that a configuration asks for."""
     chosen = [config["grid"], *(grid for switch, grid in _SWITCHES.items() if config[switch])]
@@ -149,12 +158,12 @@ def grid_options(config: Mapping) -> Options:
     """The parameters of the grid that a configuration asks for.
 
     Raises:
-        UsageError: an exponent that is not above 0.
+        UsageError: an exponent or a start that is not above 0.
     """
     power = config["grid_power"]
     if power is None and grid_name(config) == "karras":
         power = config["rho"]
-    return Options(steps_offset=config["steps_offset"], power=power)
+    return Options(config["steps_offset"], power, config["grid_start"])
 
 
 def network_output(config: Mapping) -> str:

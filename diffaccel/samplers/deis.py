@@ -3,6 +3,8 @@
 Zhang & Chen 2023, Fast Sampling of Diffusion Models with Exponential Integrator (arXiv 2204.13902).
 """
 
+import math
+
 from ..core.errors import UsageError
 from ..core.grids import Grid
 from .momentum import with_momentum
@@ -19,6 +21,7 @@ def deis_plan(
     lower_order_final: bool = False,
     core: str | None = "noise",
     eta: float = 0.0,
+    corrector: bool = False,
     momentum: str | None = None,
     beta: float = 1.0,
 ) -> Plan:
@@ -42,6 +45,8 @@ def deis_plan(
             velocity on flows and noise elsewhere.
         eta: 0 for the ODE, more for the SDE with the same marginals (1: ancestral). With the data core the noise of a
             step is exact for constant x0; with the noise core it is too large on coarse grids.
+        corrector: redo each step once its end is evaluated, with that point as one more node (Adams–Moulton; no further
+            calls). With eta = 0 only.
         momentum, beta: see `momentum.with_momentum`.
 
     Raises:
@@ -49,11 +54,18 @@ def deis_plan(
     """
     if order not in range(MAX_ORDER + 1):
         raise UsageError(f"The order of DEIS must be 0, 1, 2 or 3; got {order!r}.")
+    if corrector and eta:
+        raise UsageError("The corrector is for eta = 0: a step that added noise cannot be redone.")
     rule = Core(resolve_core(core, levels), levels, eta)
     degree = degrees(levels.steps, order, lower_order_final)
 
     def polynomial(i: int) -> Slope:
         return Slope(rule.lagrange(i, range(i, i - degree[i] - 1, -1), variable))
 
-    predict, _ = with_momentum(momentum, beta, polynomial)
-    return multistep_plan(rule, predict, name=f"deis({rule.name}, {variable}, order={order}, eta={eta:g})")
+    def corrected(i: int) -> Slope | None:
+        if variable in ("rho", "log-rho") and math.isinf(levels.rho[i - 1]):
+            return None  # the step's own start has no place in this variable
+        return Slope(rule.lagrange(i - 1, range(i, i - degree[i - 1] - 2, -1), variable))
+
+    predict, correct = with_momentum(momentum, beta, polynomial, corrected if corrector else None)
+    return multistep_plan(rule, predict, correct, name=f"deis({rule.name}, {variable}, order={order}, eta={eta:g})")

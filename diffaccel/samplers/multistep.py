@@ -25,7 +25,7 @@ from .forms import Form, weighted
 from .plan import Plan, Row
 
 QUANTITIES = {"noise": "epsilon", "data": "sample", "velocity": "flow_prediction"}
-VARIABLES = ("t", "rho", "log-rho", "angle", "s")
+VARIABLES = ("t", "rho", "log-rho", "angle")
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _TINY_ALPHA = 1e-3  # below it ε hardly determines x0, so the row stores x0 and ε is recovered from state and x0
 
@@ -122,8 +122,6 @@ class Core:
             return self.grid.times[node]
         if variable == "angle":
             return math.atan(rho)
-        if variable == "s":
-            return rho / (1.0 + rho) if math.isfinite(rho) else 1.0
         return rho if variable == "rho" else math.log(rho) if rho > 0.0 else -math.inf
 
     def _quadrature(self, start: float, stop: float, variable: str) -> tuple[np.ndarray, np.ndarray]:
@@ -236,8 +234,6 @@ def _variable_of_rho(grid: Grid, rho: np.ndarray, variable: str) -> np.ndarray:
         return grid.schedule.t_from_rho(torch.from_numpy(rho)).numpy()
     if variable == "angle":
         return np.arctan(rho)
-    if variable == "s":
-        return 1.0 - 1.0 / (1.0 + rho)
     return rho if variable == "rho" else np.log(rho)
 
 

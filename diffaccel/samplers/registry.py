@@ -9,7 +9,7 @@ from ..core.errors import unknown
 from ..core.lazy import load_object
 
 _SWITCHES = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
-_GRID_KEYS = {"grid", "grid_power", "timestep_spacing", *_SWITCHES}
+_GRID_KEYS = {"grid", "grid_power", "grid_start", "timestep_spacing", *_SWITCHES}
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def _sampler(name, summary, paper, cls, grid="quadratic", nfe_per_step=1, **defa
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
+        _sampler("flow-adams", "the one to try first: any model as a flow", "this package", "FlowAdamsScheduler", None),
         _sampler("ddim", "first order, deterministic; Euler on flows", _DDIM, "DDIMScheduler", None),
         _sampler("ddpm", "first order, ancestral noise", _DDIM, "DDIMScheduler", None, eta=1.0),
         _sampler("deis", "tAB-DEIS, noise (flows: velocity) as a polynomial in t", _DEIS, "DEISScheduler"),

@@ -60,6 +60,50 @@ class DDIMScheduler(PlanScheduler):
         return "sigma_min" if table and not self.config.set_alpha_to_one else super()._end
 
 
+class FlowAdamsScheduler(PlanScheduler):
+    """Adams predictor and corrector for the velocity of any model seen as a flow: the one to try first.
+
+    With s = σ/(α+σ), x/(α+σ) moves with the rectified-flow velocity ε − x0 whatever the noise schedule. The velocity is
+    taken as a polynomial in arctan(σ/α), and every step is corrected once its end is evaluated. On VP and EDM models
+    the class comes with its own grid, "fast"; flows keep their own spacing. One network call per step.
+
+    Args:
+        solver_order: evaluations that a prediction combines, 1 … 4; the correction takes one more.
+        corrector: False for the predictor alone.
+        variable: as for `DEISScheduler`.
+        grid: a name in `core.spacings.GRIDS`, or None for ``timestep_spacing``.
+        lower_order_final, momentum, beta, guidance_scale: see above.
+        **shared: see `config.common`.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    __module__ = "diffaccel"
+
+    @configured
+    def __init__(
+        self,
+        solver_order: int = 2,
+        corrector: bool = True,
+        variable: str = "angle",
+        grid: str | None = "fast",
+        lower_order_final: bool = False,
+        momentum: str | None = None,
+        beta: float = 1.0,
+        guidance_scale: float | None = None,
+        **shared,
+    ):
+        super().__init__()
+        _check_multistep(self.config, MAX_DEGREE + 1)
+
+    def plan(self, grid: Grid) -> Plan:
+        """See `deis.deis_plan`."""
+        config, degree = self.config, self.config.solver_order - 1
+        low, corrector = config.lower_order_final, config.corrector
+        return deis_plan(grid, degree, config.variable, low, "velocity", 0.0, corrector, *_momentum(config))
+
+
 class DEISScheduler(PlanScheduler):
     """DEIS (Zhang & Chen 2023): exponential Adams–Bashforth on the noise prediction. One network call per step.
 
@@ -68,6 +112,7 @@ class DEISScheduler(PlanScheduler):
         variable: "t" (tAB-DEIS), "rho" (ρAB-DEIS), "log-rho" (diffusers' DEISMultistepScheduler) or "angle".
         core: see above; the paper's is "noise".
         eta: 0 deterministic, 1 ancestral; see `deis.deis_plan`.
+        corrector: redo each step once its end is evaluated; not with eta.
         lower_order_final, momentum, beta, guidance_scale: see above.
         **shared: see `config.common`.
 
@@ -84,6 +129,7 @@ class DEISScheduler(PlanScheduler):
         variable: str = "t",
         core: str | None = None,
         eta: float = 0.0,
+        corrector: bool = False,
         lower_order_final: bool = False,
         momentum: str | None = None,
         beta: float = 1.0,
@@ -91,17 +137,13 @@ class DEISScheduler(PlanScheduler):
         **shared,
     ):
         super().__init__()
-        _check_order(self.config, MAX_DEGREE + 1)
-        _check_core(self.config)
-        check_momentum(*_momentum(self.config))
-        if self.config.variable not in VARIABLES:
-            raise unknown("DEIS variable", str(self.config.variable), VARIABLES)
+        _check_multistep(self.config, MAX_DEGREE + 1)
 
     def plan(self, grid: Grid) -> Plan:
         """See `deis.deis_plan`."""
-        config, (momentum, beta) = self.config, _momentum(self.config)
-        degree, low = config.solver_order - 1, config.lower_order_final
-        return deis_plan(grid, degree, config.variable, low, config.core, config.eta, momentum, beta)
+        config, degree = self.config, self.config.solver_order - 1
+        low, corrector = config.lower_order_final, config.corrector
+        return deis_plan(grid, degree, config.variable, low, config.core, config.eta, corrector, *_momentum(config))
 
 
 class IPNDMScheduler(PlanScheduler):
@@ -130,9 +172,7 @@ class IPNDMScheduler(PlanScheduler):
         **shared,
     ):
         super().__init__()
-        _check_order(self.config, MAX_ADAMS)
-        _check_core(self.config)
-        check_momentum(*_momentum(self.config))
+        _check_multistep(self.config, MAX_ADAMS)
 
     def plan(self, grid: Grid) -> Plan:
         """See `adams.ipndm_plan`."""
@@ -167,9 +207,7 @@ class GHVBScheduler(PlanScheduler):
     ):
         super().__init__()
         split(self.config.ghvb_order)
-        _check_core(self.config)
-        if self.config.variable is not None and self.config.variable not in VARIABLES:
-            raise unknown("GHVB variable", str(self.config.variable), VARIABLES)
+        _check_names(self.config)
 
     def plan(self, grid: Grid) -> Plan:
         """See `adams.ghvb_plan`."""
@@ -206,8 +244,7 @@ class DPMSolverScheduler(PlanScheduler):
         **shared,
     ):
         super().__init__()
-        _check_order(self.config, 3)
-        check_momentum(*_momentum(self.config))
+        _check_multistep(self.config, 3)
         if self.config.algorithm_type not in (*_ALGORITHMS, "deis"):
             raise unknown("algorithm_type", str(self.config.algorithm_type), _ALGORITHMS)
 
@@ -249,8 +286,7 @@ class UniPCScheduler(PlanScheduler):
         **shared,
     ):
         super().__init__()
-        _check_order(self.config, 3)
-        check_momentum(*_momentum(self.config))
+        _check_multistep(self.config, 3)
         if self.config.solver_type not in (*SOLVER_TYPES, *_FOREIGN_TYPES):
             raise unknown("solver_type", str(self.config.solver_type), SOLVER_TYPES)
 
@@ -296,12 +332,15 @@ def _momentum(config) -> tuple[str | None, float]:
     return config.momentum, config.beta if scale is None else heavy_ball_beta(scale)
 
 
-def _check_order(config, highest: int) -> None:
-    if config.solver_order not in range(1, highest + 1):
-        allowed = ", ".join(map(str, range(1, highest)))
-        raise UsageError(f"solver_order must be {allowed} or {highest}; got {config.solver_order!r}.")
+def _check_multistep(config, highest_order: int) -> None:
+    if config.solver_order not in range(1, highest_order + 1):
+        allowed = ", ".join(map(str, range(1, highest_order)))
+        raise UsageError(f"solver_order must be {allowed} or {highest_order}; got {config.solver_order!r}.")
+    check_momentum(*_momentum(config))
+    _check_names(config)
 
 
-def _check_core(config) -> None:
-    if config.core is not None and config.core not in QUANTITIES:
-        raise unknown("core", str(config.core), QUANTITIES)
+def _check_names(config) -> None:
+    for key, allowed in (("core", QUANTITIES), ("variable", VARIABLES)):
+        if config.get(key) is not None and config[key] not in allowed:
+            raise unknown(key, str(config[key]), allowed)

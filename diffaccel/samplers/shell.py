@@ -12,7 +12,7 @@ from ..core.errors import UsageError
 from ..core.grids import Grid, make_grid, shift_from_mu
 from ..core.prediction import coefficients
 from ..core.schedule import EDM, Flow, VPDiscrete, from_diffusers
-from .config import grid_name, grid_options, network_output, translated, validate
+from .config import grid_name, grid_options, network_output, translated, validate, with_grid
 from .ddim import ddim_row
 from .plan import Plan, Row, Run
 
@@ -59,12 +59,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """Build from the configuration of any diffusers scheduler for VP, EDM or flow models.
 
+        A spacing or a switch for one among ``kwargs`` counts for more than the ``grid`` of the configuration or class.
+
         Raises:
             UsageError: a model of another kind, and settings that cannot be honoured.
         """
         if isinstance(config, dict):
             config = translated(config)
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().from_config(config, return_unused_kwargs, **with_grid(kwargs))
 
     @classmethod
     def _get_compatibles(cls):

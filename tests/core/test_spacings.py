@@ -7,7 +7,7 @@ from diffusers.schedulers import AysSchedules
 
 from diffaccel.core.errors import UsageError
 from diffaccel.core.grids import make_grid
-from diffaccel.core.schedule import EDM, Flow, VPLinear, from_diffusers
+from diffaccel.core.schedule import EDM, Flow, VPCosine, VPLinear, from_diffusers
 from diffaccel.core.spacings import AYS_SIGMAS, Options
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -107,3 +107,23 @@ def test_align_your_steps_keeps_to_the_range_of_the_model():
 def test_powers_must_be_positive(power):
     with pytest.raises(UsageError, match=r"grid_power.*above 0"):
         Options(power=power)
+
+
+def test_fast_gives_every_schedule_the_same_levels():
+    """They are those of the linear VP schedule: uniform in t^(1/1.75), from rho = max(20, 4 per call) at most."""
+    reference = VPLinear(t_min=0.0)
+    for schedule in (VPLinear(), VPCosine(), EDM(0.002, 80.0), from_diffusers({})):
+        for steps, start in ((4, 20.0), (8, 32.0)):
+            rho = torch.tensor(make_grid(schedule, steps, "fast").rho[:-1], dtype=torch.float64)
+            roots = reference.t_from_rho(torch.cat([rho, torch.zeros(1)])) ** (1 / 1.75)
+            torch.testing.assert_close(
+                roots.diff(), roots.diff().mean().expand(steps), rtol=3e-2, atol=0
+            )  # EDM ends at σ_min
+            assert float(rho[0]) == pytest.approx(start)
+    assert make_grid(VPLinear(), 60, "fast").rho[0] == pytest.approx(float(VPLinear().rho(1.0)))
+    zero_snr = from_diffusers({"rescale_betas_zero_snr": True})
+    assert make_grid(zero_snr, 5, "fast").times[0] == 999.0
+    assert make_grid(Flow(), 5, "fast", shift=3.0) == make_grid(Flow(), 5, "trailing", shift=3.0)
+    assert make_grid(VPLinear(), 5, "fast", options=Options(start=12.0)).rho[0] == pytest.approx(12.0)
+    steep = make_grid(VPLinear(), 5, "fast", options=Options(power=3.0))
+    assert steep.rho[3] < make_grid(VPLinear(), 5, "fast").rho[3]

@@ -53,13 +53,7 @@ def test_polynomials_are_integrated_exactly(core, variable, order):
     assert sum(weights) == pytest.approx(1.0, rel=1e-12)
     rho = torch.logspace(math.log10(grid.rho[step]), math.log10(grid.rho[step + 1]), 20001, dtype=torch.float64)
     measure = {"noise": rho, "data": -1 / rho, "velocity": rho / (1 + rho) ** 2}[core]
-    places = {
-        "t": schedule.t_from_rho,
-        "rho": lambda r: r,
-        "log-rho": torch.log,
-        "angle": torch.arctan,
-        "s": lambda r: r / (1 + r),
-    }[variable]
+    places = {"t": schedule.t_from_rho, "rho": lambda r: r, "log-rho": torch.log, "angle": torch.arctan}[variable]
     nodes = places(torch.tensor(grid.rho, dtype=torch.float64))
     for power in range(order + 1):
         exact = _simpson(rho, places(rho) ** power, measure) / _simpson(rho, torch.ones_like(rho), measure)

@@ -32,6 +32,20 @@ VP_RULES = [
         for variable in VARIABLES
         for k in (1, 2, 3)
     ),
+    *(
+        (
+            f"flow-adams {k}",
+            lambda g, k=k: deis_plan(g, k, "angle", core="velocity", corrector=True),
+            k + 2,
+            k + 1,
+            SMOOTH,
+        )
+        for k in (0, 1, 2)
+    ),
+    *(
+        (f"velocity {k}", lambda g, k=k: deis_plan(g, k, "angle", core="velocity"), k + 1, k, SMOOTH)
+        for k in (0, 1, 2, 3)
+    ),
     *((f"ipndm {r} uniform", lambda g, r=r: ipndm_plan(g, r), r, r - 1, UNIFORM) for r in (2, 3, 4)),
     *((f"ipndm {r}", lambda g, r=r: ipndm_plan(g, r), 2, r - 1, SMOOTH) for r in (2, 3, 4)),
     *((f"ghvb {n} uniform", lambda g, n=n: ghvb_plan(g, n), math.ceil(n), 8, UNIFORM) for n in (0.8, 1.8, 2.5, 3.8)),

