@@ -12,6 +12,7 @@ last steps, the best picked for every number of evaluations. Ours: the best pick
 
 import argparse
 import itertools
+import math
 import warnings
 
 import diffusers
@@ -129,7 +130,8 @@ def errors(makers, bench, seeds: int) -> dict[str, list[float]]:
 
 
 def best(found: dict[str, list[float]], index: int) -> str:
-    return min((label for label in found if found[label][index] == found[label][index]), key=lambda l: found[l][index])
+    finite = {label: values[index] for label, values in found.items() if math.isfinite(values[index])}
+    return min(finite, key=finite.get)
 
 
 def report(name: str, stock: dict, own: dict) -> None:
@@ -159,7 +161,7 @@ def plot(results: dict, path: str) -> None:
     for axis, (name, (stock, own)) in zip(axes if len(results) > 1 else [axes], results.items(), strict=True):
         for family in families:
             members = [values for label, values in stock.items() if label.startswith(family)]
-            lowest = [min(v for v in column if v == v) for column in zip(*members, strict=True)]
+            lowest = [min(filter(math.isfinite, column)) for column in zip(*members, strict=True)]
             axis.plot(NFE, lowest, "o--", linewidth=1, markersize=3, label=f"diffusers {family}, best grid")
         axis.plot(NFE, own["default"], "ko-", linewidth=2, label="FlowAdamsScheduler, as it comes")
         axis.set(title=name, xlabel="network evaluations", ylabel="distance to the exact image", yscale="log")

@@ -122,17 +122,17 @@ def make_grid(
     if not shift > 0.0:
         raise UsageError(f"The shift of a flow must be above 0, 1 for none; got {shift!r}.")
 
-    edges = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    clean, edges = end == "zero", torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     # Where "sigma_min" ends: below every call, also where a shift moves these towards the clean image.
     last = min(schedule.t_min, float(_shifted(schedule, edges, shift)[1]))
     if timesteps is not None:
         times = explicit
     elif GRIDS[kind].in_noise and (explicit is None or isinstance(schedule, Flow)):
         edges = _shifted(schedule, edges if explicit is None else explicit, shift, shift_terminal)
-        span = Span(schedule, float(edges[0]), float(edges[-1]), schedule.t_clean if end == "zero" else last)
+        span = Span(schedule, float(edges[0]), float(edges[-1]), schedule.t_clean if clean else last, clean)
         times = _placed(span, steps, kind, end, options or Options())
     else:
-        span = Span(schedule, *edges.tolist(), schedule.t_clean if end == "zero" else schedule.t_min)
+        span = Span(schedule, *edges.tolist(), schedule.t_clean if clean else schedule.t_min, clean)
         times = _placed(span, steps, kind, end, options or Options()) if explicit is None else explicit
         times = _shifted(schedule, times, shift, shift_terminal)
     return _with_end(schedule, times, end, last)

@@ -29,12 +29,14 @@ class Span:
         schedule: whose times these are.
         top, bottom: the first call and the cleanest one that is allowed.
         end: the time that rules in t step towards: the clean image, or the level at which the run ends.
+        clean: whether the run ends at the clean image.
     """
 
     schedule: NoiseSchedule
     top: float
     bottom: float
     end: float
+    clean: bool
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _fast(span, count, options):
         return _trailing(span, count, options)
     power = options.power or 1.75
     top, bottom, end = span.schedule.rho(torch.tensor([span.top, span.bottom, span.end], dtype=torch.float64))
-    if span.end < span.bottom:
+    if span.clean:
         end = torch.zeros_like(end)
     first = float(top)
     # VE states are not in the scale of the noise, and networks for zero terminal SNR are trained to start from pure noise.
