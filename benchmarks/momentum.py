@@ -23,6 +23,7 @@ from diffaccel.models.teachers import load_denoiser
 from diffaccel.samplers.adams import ghvb_plan, ipndm_plan
 from diffaccel.samplers.deis import deis_plan
 from diffaccel.samplers.log_snr import dpm_solver_plan, unipc_plan
+from diffaccel.samplers.registry import get_sampler
 from diffaccel.samplers.sample import sample
 
 BETAS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -31,11 +32,28 @@ RULES = {
     "iPNDM 4 + heavy ball": lambda grid, beta: ipndm_plan(grid, 4, momentum="heavy-ball", beta=beta),
     "iPNDM 4 + Nesterov": lambda grid, beta: ipndm_plan(grid, 4, momentum="nesterov", beta=beta),
     "GHVB 3 + β": lambda grid, beta: ghvb_plan(grid, 3 + beta),
+    "GHVB 2 + β": lambda grid, beta: ghvb_plan(grid, 2 + beta),
     "GHVB 1 + β": lambda grid, beta: ghvb_plan(grid, 1 + beta),
     "DEIS t 3 + heavy ball": lambda grid, beta: deis_plan(grid, 2, momentum="heavy-ball", beta=beta),
+    "FlowAdams + heavy ball": lambda grid, beta: deis_plan(
+        grid, 1, "angle", core="velocity", corrector=True, momentum="heavy-ball", beta=beta
+    ),
     "DPM++ 2M + heavy ball": lambda grid, beta: dpm_solver_plan(grid, 2, momentum="heavy-ball", beta=beta),
     "UniPC 2 + heavy ball": lambda grid, beta: unipc_plan(grid, 2, momentum="heavy-ball", beta=beta),
 }
+
+_FAST = {"grid": "fast"}
+DROP_INS = [
+    ("DDIM, fast", "ddim", _FAST),
+    ("DPM++ 2M, trailing", "dpm-solver", {"timestep_spacing": "trailing"}),
+    ("DPM++ 2M, fast", "dpm-solver", _FAST),
+    ("UniPC 2, trailing", "unipc", {"timestep_spacing": "trailing"}),
+    ("UniPC 2, fast", "unipc", _FAST),
+    ("iPNDM 4, fast", "ipndm", {**_FAST, "solver_order": 4}),
+    ("GHVB 1.8, fast", "ghvb", {**_FAST, "ghvb_order": 1.8}),
+    ("FlowAdams", "flow-adams", {}),
+    ("FlowAdams, guidance told", "flow-adams", {}),
+]
 
 
 @torch.no_grad()
@@ -63,6 +81,28 @@ def curves(scale: float, steps: int, count: int) -> dict[str, list[tuple[float, 
     return found
 
 
+@torch.no_grad()
+def drop_in(scale: float, count: int) -> list[list[str]]:
+    """Error by number of steps of schedulers as they come, the guidance pair's calls counted once."""
+    teacher = load_denoiser("digits").eval()
+    guided = Guided(teacher, scale)
+    x = KeyedRandom(0).normal("x", 0, 0, count, teacher.sample_shape)
+    condition = {"class_labels": torch.arange(count) % 10}
+    fine = sample(guided, x, deis_plan(make_grid(teacher.schedule, 1000, "quadratic"), 1), condition)
+    rows = []
+    for label, name, options in DROP_INS:
+        cells = []
+        for steps in (5, 6, 8, 10):
+            scheduler = get_sampler(name).build(
+                {}, **({"guidance_scale": scale} if label.endswith("told") else {}), **options
+            )
+            scheduler.set_timesteps(steps)
+            images = sample(guided, x, scheduler.current_plan, condition)
+            cells.append(f"{float((images - fine).square().mean().sqrt()):.3f}")
+        rows.append([label, *cells])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
@@ -78,6 +118,9 @@ def main() -> None:
             )
             rows = [[name, *(f"{point[index]:.3f}" for point in found[name])] for name in RULES]
             print(table(["rule", *(f"β = {beta:g}" for beta in BETAS)], rows))
+    for scale in SCALES:
+        print(f"\nguidance {scale:g}: error of schedulers as they come")
+        print(table(["scheduler", *(f"{steps} steps" for steps in (5, 6, 8, 10))], drop_in(scale, arguments.count)))
     if arguments.plot:
         plot(results, arguments.plot)
 

@@ -57,7 +57,8 @@ def ours():
     """(label, maker) of our side; the first is the default."""
     rules = [
         ("flow-adams", {}),
-        ("flow-adams", {"corrector": False}),
+        ("flow-adams", {"corrector": False, "momentum": None}),
+        ("flow-adams", {"momentum": None}),
         ("flow-adams", {"solver_order": 3}),
         ("deis", {"solver_order": 3}),
         ("deis", {"variable": "angle", "solver_order": 3}),

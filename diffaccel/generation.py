@@ -73,9 +73,13 @@ def generate(
         raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
     if device or isinstance(model, (str, Path)):
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scheduler = chosen.build(pipeline.scheduler.config, **(sampler_options or {})) if chosen else pipeline.scheduler
+    guided = guidance_scale != 1.0 and pipeline.num_classes is not None
+    scheduler = pipeline.scheduler
+    if chosen:
+        told = {"guidance_scale": guidance_scale} if chosen.told_guidance and guided else {}
+        scheduler = chosen.build(scheduler.config, **{**told, **(sampler_options or {})})
     if nfe is not None:
-        steps = _affordable_steps(scheduler, nfe, 2 if guidance_scale != 1.0 and pipeline.num_classes else 1)
+        steps = _affordable_steps(scheduler, nfe, 2 if guided else 1)
     return _batches(pipeline, scheduler, num, steps, seed, guidance_scale, batch_size, wanted, progress)
 
 

@@ -18,6 +18,12 @@ def _samplers():
     ]
 
 
+def _grids():
+    from ..core.spacings import GRIDS
+
+    return [{"name": g.name, "what": g.summary, "source": g.source} for g in GRIDS.values()]
+
+
 def _methods():
     from ..distill.registry import METHODS
 
@@ -67,6 +73,7 @@ def _divergences():
 
 _KINDS = {
     "samplers": _samplers,
+    "grids": _grids,
     "methods": _methods,
     "divergences": _divergences,
     "teachers": _teachers,
@@ -79,7 +86,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(_KINDS)}.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ):
-    """List samplers, methods, divergences, teachers, recipes or features.
+    """List samplers, grids, methods, divergences, teachers, recipes or features.
 
     Example: `diffaccel list samplers`
     """

@@ -6,6 +6,7 @@ A grid of N steps has N+1 nodes: N network calls, noisiest first, and the end le
 
 import functools
 import itertools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Grid:
             raise UsageError("A grid needs at least two nodes and as many alphas and sigmas as times.")
         if not all(later < earlier for earlier, later in itertools.pairwise(self.times)):  # a NaN fails, too
             raise UsageError(f"Grid times must be strictly decreasing, the end included; got {_short(self.times)}.")
+        if not all(later < earlier for earlier, later in itertools.pairwise(self.rho)):
+            raise UsageError(f"Noise levels must be strictly decreasing, the end included; got {_short(self.rho)}.")
 
     @property
     def steps(self) -> int:
@@ -91,7 +94,7 @@ def make_grid(
         steps: number of steps N ≥ 1; may be left out with explicit timesteps or sigmas.
         kind: a name in `GRIDS`. On a discrete table trailing, leading and linspace give whole timesteps as diffusers
             computes them; where that would repeat one or leave the table, the same span is divided evenly instead.
-        end: "zero" or "sigma_min". With "sigma_min" the end level itself is never a network call.
+        end: "zero" or "sigma_min". With "sigma_min" the end level is not a node to call the network at.
         options: parameters of single rules.
         shift: flow only; moves every level of a rule in t, the two ends of a rule in noise, and ``sigmas``.
         shift_terminal: flow only, the σ that the last call is stretched to after shifting.
@@ -116,7 +119,7 @@ def make_grid(
         if steps is not None and steps not in (len(explicit), given):
             raise UsageError(f"num_inference_steps is {steps} but {len(explicit)} timesteps or sigmas were given.")
         steps = len(explicit)
-    elif not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    elif not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
         raise UsageError(f"num_inference_steps must be a whole number of at least 1; got {steps!r}.")
 
     if not shift > 0.0:
@@ -160,7 +163,8 @@ def _placed(span, steps, kind, end, options):
         times = points(span, steps + 1, options)[:-1]  # the rule's last point is the end node
     if legal(times):
         return times
-    first = times[0].clamp(span.bottom, span.top) if steps > 1 else span.top
+    # Where the rule starts, if it does start above the end: leading may not, with more steps than the table has times.
+    first = times[0].clamp(max=span.top) if steps > 1 and times[0] > times[-1] else span.top
     if end == "sigma_min":
         return torch.linspace(float(first), span.end, steps + 1, dtype=torch.float64)[:-1]
     last = min(max(float(times[-1]), span.bottom), float(first))
@@ -185,6 +189,8 @@ def _explicit_times(schedule, timesteps, sigmas):
             raise UsageError(
                 f"timesteps must lie between {schedule.t_min:g} and {schedule.t_max:g}; got {_short(values.tolist())}."
             )
+        if values[-1] == schedule.t_clean < schedule.t_min and count > 1:
+            values = values[:-1]  # the clean image of a flow
         return values.clamp(low, schedule.t_max), count
     if values[-1] == 0 and count > 1:
         values = values[:-1]

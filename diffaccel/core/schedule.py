@@ -305,9 +305,14 @@ def family(config: Mapping, name: str = "") -> str:
     """
     name = name or str(config.get("_class_name", ""))
     without_betas = "beta_start" not in config
-    if "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if (
+        "FlowMatch" in name
+        or "AncestralRF" in name
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
         return "flow"
-    if "shift" in config and without_betas:
+    if without_betas and ("shift" in config or {"eta", "s_noise"} <= set(config)):  # the latter: ancestral Euler of LTX
         return "flow"
     # EulerDiscrete ignores "continuous" unless it predicts v; sigma_data is what EDM schedulers and ours have besides.
     continuous = config.get("timestep_type") == "continuous"
@@ -323,6 +328,9 @@ def family(config: Mapping, name: str = "") -> str:
         other |= "sigma_schedule" not in config or ("solver_order" in config and "algorithm_type" not in config)
         if not other:
             return "edm"
+    # A scheduler's own configuration, of a class without betas: what it is called does not matter, it is not VP.
+    recorded = bool(name) or "_use_default_values" in config
+    other |= recorded and not any("beta" in key for key in public)
     if other or (public == {"num_train_timesteps", "trained_betas"} and config["trained_betas"] is None):
         raise UsageError(
             f"The noise schedule of {name or 'this scheduler'} is neither VP, EDM nor a flow; it cannot be used here."

@@ -125,6 +125,10 @@ def _fast(span, count, options):
     # VE states are not in the scale of the noise, and networks for zero terminal SNR are trained to start from pure noise.
     if not isinstance(span.schedule, VE) and first < 1000.0:
         first = min(first, options.start or max(20.0, 4.0 * count))
+    if first <= float(bottom):
+        raise UsageError(
+            f"grid_start must be above {float(bottom):.3g}, the cleanest level of the model; got {first:g}."
+        )
     edges = _REFERENCE.t_from_rho(torch.stack([torch.full_like(top, first), bottom, end])) ** (1.0 / power)
     times = (edges[0] + (edges[2] - edges[0]) * _fractions(count)) ** power
     if times[-1] < edges[1] ** power:

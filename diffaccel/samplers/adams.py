@@ -25,7 +25,7 @@ def adams_bashforth(order: int) -> tuple[float, ...]:
 
 
 def ipndm_plan(
-    levels: Grid,
+    grid: Grid,
     order: int = 4,
     lower_order_final: bool = False,
     core: str | None = None,
@@ -39,10 +39,10 @@ def ipndm_plan(
     often the better ones all the same.
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         order: evaluations that a step combines, 1 … 4; 1 is DDIM.
         lower_order_final: let the order fall to 1 towards the last step.
-        core: "noise", "data" or "velocity"; None for noise on VP and VE, velocity on flows.
+        core: "noise", "data" or "velocity"; None for velocity on flows, noise elsewhere.
         momentum, beta: see `momentum.with_momentum`.
 
     Raises:
@@ -50,12 +50,12 @@ def ipndm_plan(
     """
     if order not in range(1, MAX_ORDER + 1):
         raise UsageError(f"The order of iPNDM must be 1, 2, 3 or 4; got {order!r}.")
-    degree = degrees(levels.steps, order - 1, lower_order_final)
+    degree = degrees(grid.steps, order - 1, lower_order_final)
     predict, _ = with_momentum(momentum, beta, lambda i: Slope(adams_bashforth(degree[i] + 1)))
-    return multistep_plan(Core(resolve_core(core, levels), levels), predict, name=f"ipndm(order={order})")
+    return multistep_plan(Core(resolve_core(core, grid), grid), predict, name=f"ipndm(order={order})")
 
 
-def ghvb_plan(levels: Grid, number: float = 2.5, core: str | None = None, variable: str | None = None) -> Plan:
+def ghvb_plan(grid: Grid, number: float = 2.5, core: str | None = None, variable: str | None = None) -> Plan:
     """The plan of the generalised heavy ball, GHVB (Wizadwongsa et al. 2024, eq. 12 and algorithm 2).
 
     Written k.d as in the paper: order r = ⌈number⌉ and β = its fractional part (1 for whole numbers). With the filtered
@@ -69,7 +69,7 @@ def ghvb_plan(levels: Grid, number: float = 2.5, core: str | None = None, variab
         u_n = (1−β)·u_{n−1} + Σ_{k<r} γ_k ∇^k e_n.
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         number: in (0, 5].
         core: as in `ipndm_plan`.
         variable: None for the fixed coefficients above, which have order r on grids uniform in ρ and 2 at most on
@@ -81,7 +81,7 @@ def ghvb_plan(levels: Grid, number: float = 2.5, core: str | None = None, variab
         UsageError: a number outside (0, 5].
     """
     order, beta = split(number)
-    rule = Core(resolve_core(core, levels), levels)
+    rule = Core(resolve_core(core, grid), grid)
     carry = 1.0 - beta
 
     def fixed(i: int) -> Slope:

@@ -2,6 +2,9 @@
 
 import functools
 import inspect
+import numbers
+import types
+import typing
 from collections.abc import Callable, Mapping
 
 from diffusers.configuration_utils import register_to_config
@@ -16,7 +19,7 @@ TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
 TIMESTEP_TYPES = ("discrete", "continuous")
 SIGMA_SCHEDULES = ("karras", "exponential")
 # diffusers' switches and the grids they mean. On VP, uniform λ is what diffusers computes for "lu".
-_SWITCHES = {
+SWITCHES = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
@@ -100,6 +103,9 @@ def common(
     """
 
 
+COMMON = frozenset(inspect.signature(common).parameters)
+
+
 def configured(init: Callable) -> Callable:
     """Decorate ``__init__(self, …, **shared)``: ``shared`` becomes the arguments of `common`, and all are registered.
 
@@ -117,12 +123,20 @@ def configured(init: Callable) -> Callable:
     return register_to_config(checked)
 
 
-def validate(config: Mapping) -> None:
+def validate(config: Mapping, init: Callable = common) -> None:
     """Refuse values that would only fail later.
 
+    Args:
+        config: all arguments of a scheduler.
+        init: its ``__init__``, whose annotations say what types they have.
+
     Raises:
-        UsageError: naming the allowed values.
+        UsageError: naming the allowed types or values.
     """
+    for parameter in inspect.signature(init).parameters.values():
+        if parameter.name in config and not _fits(config[parameter.name], parameter.annotation):
+            hint = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+            raise UsageError(f"{parameter.name} must be {hint}; got {config[parameter.name]!r}.")
     allowed = {
         "prediction_type": PREDICTION_TYPES,
         "timestep_spacing": TIMESTEP_SPACINGS,
@@ -136,20 +150,47 @@ def validate(config: Mapping) -> None:
             raise unknown(key, str(config[key]), names)
     if config["grid"] is not None and config["grid"] not in GRIDS:
         raise unknown("grid", str(config["grid"]), GRIDS)
-    if sum(bool(config[switch]) for switch in _SWITCHES) > 1:
-        raise UsageError(f"Set only one of {', '.join(_SWITCHES)}.")
+    if sum(bool(config[switch]) for switch in SWITCHES) > 1:
+        raise UsageError(f"Set only one of {', '.join(SWITCHES)}.")
     grid_options(config)
 
 
-def with_grid(arguments: Mapping) -> dict:
-    """Arguments in which naming a spacing or a switch sets ``grid`` aside, unless that is named as well."""
-    named = [key for key in ("timestep_spacing", *_SWITCHES) if arguments.get(key)]
-    return {**arguments, "grid": None} if named and "grid" not in arguments else dict(arguments)
+def without_unset(config: Mapping, init: Callable) -> dict:
+    """The configuration without the Nones that another class meant by leaving a value open, and this one cannot."""
+    hints = {name: parameter.annotation for name, parameter in inspect.signature(init).parameters.items()}
+    return {key: value for key, value in config.items() if value is not None or _fits(None, hints.get(key, object))}
+
+
+def _fits(value, hint) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        items = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
+        return items is value and all(_fits(item, typing.get_args(hint)[0]) for item in items)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return hint is inspect.Parameter.empty or isinstance(value, hint)
+
+
+def completed(arguments: Mapping) -> dict:
+    """Arguments that someone named, and what they imply over an existing configuration.
+
+    A spacing or a switch sets ``grid`` aside, unless that is named as well; either name of the shift means both.
+    """
+    arguments = dict(arguments)
+    if any(arguments.get(key) for key in ("timestep_spacing", *SWITCHES)):
+        arguments.setdefault("grid", None)
+    for name, other in (("shift", "flow_shift"), ("flow_shift", "shift")):
+        if name in arguments:
+            arguments.setdefault(other, arguments[name])
+    return arguments
 
 
 def grid_name(config: Mapping) -> str:
     """The name in `core.spacings.GRIDS` that a configuration asks for."""
-    chosen = [config["grid"], *(grid for switch, grid in _SWITCHES.items() if config[switch])]
+    named = None if config["grid"] == "fast" and family(config) == "flow" else config["grid"]  # flows are well spaced
+    chosen = [named, *(grid for switch, grid in SWITCHES.items() if config[switch])]
     fallback = config["sigma_schedule"] if family(config) == "edm" else config["timestep_spacing"]
     return next(filter(None, chosen), fallback)
 
@@ -196,13 +237,16 @@ def translated(config: Mapping) -> dict:
         if "timestep_type" in config:  # EulerDiscrete ignores "continuous" unless it predicts v
             config["timestep_type"] = "discrete"
         limits = (config.get("sigma_min"), config.get("sigma_max"))
-        if limits != (None, None) and any(config.get(switch) for switch in _SWITCHES):
+        if limits != (None, None) and any(config.get(switch) for switch in SWITCHES):
             raise UsageError(
                 f"sigma_min and sigma_max of a VP model are not available; got {limits}: set them to None or pass sigmas."
             )
     elif "beta_start" not in config:
-        if config.get("invert_sigmas"):
-            raise UsageError("invert_sigmas (Mochi) is not available; use the pipeline's own scheduler.")
+        for key in ("invert_sigmas", "stochastic_sampling"):
+            if config.get(key):
+                raise UsageError(f"{key} is not available here; use the pipeline's own scheduler.")
+        if (config.get("sigma_max") or 0.0) > 1.0:
+            raise UsageError(f"A flow with sigma_max = {config['sigma_max']} is not available; use its own scheduler.")
         config.pop("_class_name", None)
         # Not use_flow_sigmas: FLUX-type pipelines then ignore their own sigmas.
         flow = {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}

@@ -8,7 +8,7 @@ from ..core.grids import Grid
 from .plan import Plan, Row
 
 
-def ddim_plan(levels: Grid, eta: float = 0.0) -> Plan:
+def ddim_plan(grid: Grid, eta: float = 0.0) -> Plan:
     """The plan of DDIM (Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models, eq. 12 and 16).
 
     With noise-to-signal ratio rho = σ/α, one step to the level (α', σ') is
@@ -20,15 +20,14 @@ def ddim_plan(levels: Grid, eta: float = 0.0) -> Plan:
     Euler's method for the velocity.
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         eta: 0 deterministic … 1 ancestral (DDPM).
 
     Raises:
         UsageError: eta outside [0, 1].
     """
-    if not 0.0 <= eta <= 1.0:
-        raise UsageError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral); got {eta!r}.")
-    nodes = list(zip(levels.times, levels.alpha, levels.sigma, strict=True))
+    check_eta(eta)
+    nodes = list(zip(grid.times, grid.alpha, grid.sigma, strict=True))
     return Plan(tuple(ddim_row(*pair, eta) for pair in itertools.pairwise(nodes)), name=f"ddim(eta={eta:g})")
 
 
@@ -40,3 +39,13 @@ def ddim_row(level: tuple[float, float, float], following: tuple[float, float, f
         noise = eta * next_sigma * math.sqrt(1.0 - (next_sigma * alpha / (next_alpha * sigma)) ** 2)
     direction = math.sqrt(next_sigma**2 - noise**2) / sigma
     return Row(t, alpha, sigma, "sample", (direction,), (next_alpha - direction * alpha,), noise)
+
+
+def check_eta(eta: float) -> None:
+    """Refuse an eta outside [0, 1].
+
+    Raises:
+        UsageError: saying so.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise UsageError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral); got {eta!r}.")

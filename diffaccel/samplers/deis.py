@@ -7,16 +7,16 @@ import math
 
 from ..core.errors import UsageError
 from ..core.grids import Grid
-from .momentum import with_momentum
+from .momentum import check_momentum, with_momentum
 from .multistep import Core, Slope, degrees, multistep_plan, resolve_core
 from .plan import Plan
 
-MAX_ORDER = 3
+MAX_DEGREE = 3
 
 
 def deis_plan(
-    levels: Grid,
-    order: int = 2,
+    grid: Grid,
+    degree: int = 2,
     variable: str = "t",
     lower_order_final: bool = False,
     core: str | None = "noise",
@@ -36,15 +36,16 @@ def deis_plan(
     infinite too. In log ρ a step to σ = 0 is first order, since z has no end there.
 
     Args:
-        levels: the grid to step on.
-        order: degree k of the polynomial, 0 … 3; 0 is DDIM.
+        grid: the grid to step on.
+        degree: k of the polynomial, 0 … 3 (the paper's order); 0 is DDIM.
         variable: what the polynomial is in: "t" (the schedule's time), "rho", "log-rho" (as in diffusers) or "angle"
             (arctan ρ, finite at both ends).
         lower_order_final: let the degree fall to 0 towards the last step.
-        core: what the polynomial stands for: "noise" (ε, the paper's), "data" (x0) or, on flows, "velocity"; None for
-            velocity on flows and noise elsewhere.
+        core: what the polynomial stands for: "noise" (ε, the paper's), "data" (x0) or "velocity" (ε − x0); None for
+            data with eta, else velocity on flows and noise elsewhere.
         eta: 0 for the ODE, more for the SDE with the same marginals (1: ancestral). With the data core the noise of a
-            step is exact for constant x0; with the noise core it is too large on coarse grids.
+            step is exact for constant x0; with the noise core, the paper's, it is far too large below
+            some 50 steps.
         corrector: redo each step once its end is evaluated, with that point as one more node (Adams–Moulton; no further
             calls). With eta = 0 only.
         momentum, beta: see `momentum.with_momentum`.
@@ -52,20 +53,32 @@ def deis_plan(
     Raises:
         UsageError: an order, a variable or a core that does not exist.
     """
-    if order not in range(MAX_ORDER + 1):
-        raise UsageError(f"The order of DEIS must be 0, 1, 2 or 3; got {order!r}.")
-    if corrector and eta:
-        raise UsageError("The corrector is for eta = 0: a step that added noise cannot be redone.")
-    rule = Core(resolve_core(core, levels), levels, eta)
-    degree = degrees(levels.steps, order, lower_order_final)
+    if degree not in range(MAX_DEGREE + 1):
+        raise UsageError(f"The degree of DEIS must be 0, 1, 2 or 3; got {degree!r}.")
+    check_stochastic(eta, corrector)
+    check_momentum(momentum, beta, eta)
+    rule = Core(resolve_core(core, grid, eta), grid, eta)
+    reach = degrees(grid.steps, degree, lower_order_final)
 
     def polynomial(i: int) -> Slope:
-        return Slope(rule.lagrange(i, range(i, i - degree[i] - 1, -1), variable))
+        return Slope(rule.lagrange(i, range(i, i - reach[i] - 1, -1), variable))
 
     def corrected(i: int) -> Slope | None:
-        if variable in ("rho", "log-rho") and math.isinf(levels.rho[i - 1]):
+        if variable in ("rho", "log-rho") and math.isinf(grid.rho[i - 1]):
             return None  # the step's own start has no place in this variable
-        return Slope(rule.lagrange(i - 1, range(i, i - degree[i - 1] - 2, -1), variable))
+        return Slope(rule.lagrange(i - 1, range(i, i - reach[i - 1] - 2, -1), variable))
 
     predict, correct = with_momentum(momentum, beta, polynomial, corrected if corrector else None)
-    return multistep_plan(rule, predict, correct, name=f"deis({rule.name}, {variable}, order={order}, eta={eta:g})")
+    return multistep_plan(rule, predict, correct, name=f"deis({rule.name}, {variable}, degree={degree}, eta={eta:g})")
+
+
+def check_stochastic(eta: float, corrector: bool) -> None:
+    """Refuse a negative eta, and a corrector of steps that add noise.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if not eta >= 0.0:
+        raise UsageError(f"eta must be at least 0 (0 deterministic, 1 ancestral); got {eta!r}.")
+    if corrector and eta:
+        raise UsageError("The corrector is for eta = 0: a step that added noise cannot be redone.")

@@ -7,7 +7,7 @@ import math
 
 from ..core.errors import UsageError, unknown
 from ..core.grids import Grid
-from .momentum import with_momentum
+from .momentum import check_momentum, with_momentum
 from .multistep import Core, Slope, degrees, multistep_plan
 from .plan import Plan
 
@@ -15,7 +15,7 @@ SOLVER_TYPES = ("bh1", "bh2")
 
 
 def dpm_solver_plan(
-    levels: Grid,
+    grid: Grid,
     order: int = 2,
     lower_order_final: bool = True,
     core: str = "data",
@@ -30,7 +30,7 @@ def dpm_solver_plan(
     order 2. The step to σ = 0 is first order.
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         order: 1, 2 or 3.
         lower_order_final: let the order fall to 1 towards the last step.
         core: "data" (DPM-Solver++) or "noise" (DPM-Solver).
@@ -41,14 +41,15 @@ def dpm_solver_plan(
         UsageError: an order that does not exist.
     """
     _check(order, core, "DPM-Solver")
-    rule = Core(core, levels, eta)
-    degree = degrees(levels.steps, order - 1, lower_order_final)
+    check_momentum(momentum, beta, eta)
+    rule = Core(core, grid, eta)
+    degree = degrees(grid.steps, order - 1, lower_order_final)
     predict, _ = with_momentum(momentum, beta, lambda i: Slope(_predictor(rule, i, degree[i], "bh2")))
     return multistep_plan(rule, predict, name=f"dpm-solver({core}, order={order})")
 
 
 def unipc_plan(
-    levels: Grid,
+    grid: Grid,
     order: int = 2,
     solver_type: str = "bh2",
     lower_order_final: bool = True,
@@ -63,7 +64,7 @@ def unipc_plan(
     paper's ½ rules, D_1·B(h)/2. The correction costs no call: the outputs evaluated at uncorrected states are kept.
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         order: 1, 2 or 3, of the predictor; the corrector's is one more.
         solver_type: "bh1" (B = h) or "bh2" (B = e^h − 1).
         lower_order_final: let the order fall to 1 towards the last step.
@@ -77,13 +78,15 @@ def unipc_plan(
     _check(order, core, "UniPC")
     if solver_type not in SOLVER_TYPES:
         raise unknown("solver_type", str(solver_type), SOLVER_TYPES)
-    rule = Core(core, levels)
-    degree = degrees(levels.steps, order - 1, lower_order_final)
+    rule = Core(core, grid)
+    degree = degrees(grid.steps, order - 1, lower_order_final)
 
     def predict(i: int) -> Slope:
         return Slope(_predictor(rule, i, degree[i], solver_type))
 
-    def correct(i: int) -> Slope:
+    def correct(i: int) -> Slope | None:
+        if math.isinf(rule.grid.rho[i - 1]) and solver_type == "bh1":
+            return None  # the step is infinitely long in λ
         if degree[i - 1] == 0:
             half = 0.5 * _relaxation(rule, i - 1, solver_type)
             return Slope((half, 1.0 - half))

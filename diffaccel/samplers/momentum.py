@@ -76,8 +76,8 @@ def with_momentum(
     return filtered, corrected if correct else None
 
 
-def check_momentum(kind: str | None, beta: float) -> None:
-    """Refuse an unknown kind of momentum, or beta outside (0, 1].
+def check_momentum(kind: str | None, beta: float, eta: float = 0.0) -> None:
+    """Refuse an unknown kind of momentum, beta outside (0, 1], or momentum that would carry over a step's noise.
 
     Raises:
         UsageError: naming what is allowed.
@@ -86,6 +86,8 @@ def check_momentum(kind: str | None, beta: float) -> None:
         raise unknown("momentum", str(kind), MOMENTA)
     if not 0.0 < beta <= 1.0:
         raise UsageError(f"beta must lie in (0, 1] (1: no momentum); got {beta!r}.")
+    if kind is not None and eta:
+        raise UsageError("Momentum is for eta = 0: it would carry the noise of a step over to the next.")
 
 
 def heavy_ball_beta(guidance_scale: float) -> float:

@@ -6,8 +6,9 @@ The probability-flow ODE has three exact forms (ρ = σ/α):
     data        d(x/σ)     = x0 d(1/ρ)
     velocity    d(x/(α+σ)) = (ε − x0) ds,     s = σ/(α+σ)
 
-the last being dx = v dσ on flows, where α + σ = 1, and equally true elsewhere; each step is x' = A·x + W·u, with A and W known exactly and u a mean of the integrated quantity over the step. A
-multistep rule is a choice of u; with momentum u also carries over a part of the mean of the step before.
+the last being dx = v dσ on flows, where α + σ = 1, and equally true elsewhere. So each step is x' = A·x + W·u, with A and W
+known exactly and u a mean of the integrated quantity over the step. A multistep rule is a choice of u; with momentum u also
+carries over a part of the mean of the step before.
 """
 
 import math
@@ -27,6 +28,7 @@ from .plan import Plan, Row
 QUANTITIES = {"noise": "epsilon", "data": "sample", "velocity": "flow_prediction"}
 VARIABLES = ("t", "rho", "log-rho", "angle")
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+FAR = 200.0  # ρ beyond which what is linear in ρ overshoots: zero terminal SNR, σ_max = 700
 _TINY_ALPHA = 1e-3  # below it ε hardly determines x0, so the row stores x0 and ε is recovered from state and x0
 
 
@@ -132,6 +134,9 @@ class Core:
         if self.name == "data":
             if stop == 0.0:  # all of the measure ρ^−p lies at the end
                 return np.array([0.0]), np.array([1.0])
+            if math.isinf(start):
+                points, measure = _gauss(0.0, stop**-self.power)
+                return points ** (-1.0 / self.power), measure
             points, measure = _gauss(math.log(start), math.log(stop))
             points = np.exp(points)
             return points, measure * (points / stop) ** -self.power
@@ -172,7 +177,7 @@ def multistep_plan(
         core: what is integrated.
         predict: step index → u of that step.
         correct: node index i ≥ 1 → u of step i − 1 now that node i is evaluated, or None to leave it. The corrected
-            state takes part in all later steps; no call is spent on it.
+            state takes part in all later steps; no call is spent on it. In the noise core steps from ρ > 200 are left.
         name: of the plan.
     """
     grid, rows = core.grid, []
@@ -190,7 +195,8 @@ def multistep_plan(
                 mean = quantities[0]
             else:
                 mean = (here - ratio * before) / width
-            redone = correct(i) if correct and math.isfinite(ratio) else None
+            far = core.name == "noise" and grid.rho[i - 1] > FAR
+            redone = correct(i) if correct and not far else None
             if redone:
                 change = combined(redone.weights, i) - combined(slope.weights, i - 1)
                 here, mean = here + width * change, mean + change
@@ -224,9 +230,9 @@ def degrees(steps: int, degree: int, lower_order_final: bool) -> list[int]:
     return [min(degree, i, steps - 1 - i) if lower_order_final else min(degree, i) for i in range(steps)]
 
 
-def resolve_core(name: str | None, grid: Grid) -> str:
-    """The core's name, with None standing for what the model family predicts: "velocity" on flows, else "noise"."""
-    return name or ("velocity" if isinstance(grid.schedule, Flow) else "noise")
+def resolve_core(name: str | None, grid: Grid, eta: float = 0.0) -> str:
+    """The core's name; None stands for "data" with eta, "velocity" on flows and "noise" elsewhere."""
+    return name or ("data" if eta else "velocity" if isinstance(grid.schedule, Flow) else "noise")
 
 
 def _variable_of_rho(grid: Grid, rho: np.ndarray, variable: str) -> np.ndarray:

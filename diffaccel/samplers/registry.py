@@ -8,9 +8,6 @@ from types import MappingProxyType
 from ..core.errors import unknown
 from ..core.lazy import load_object
 
-_SWITCHES = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
-_GRID_KEYS = {"grid", "grid_power", "grid_start", "timestep_spacing", *_SWITCHES}
-
 
 @dataclass(frozen=True)
 class Sampler:
@@ -25,6 +22,7 @@ class Sampler:
         defaults: keyword arguments that make the class this sampler.
         vp_grid: the grid that suits it on VP models, used where the caller and the model's configuration name none; flows
             and EDM models keep their own spacing.
+        told_guidance: its class wants to know the scale of classifier-free guidance.
     """
 
     name: str
@@ -34,6 +32,7 @@ class Sampler:
     target: str
     defaults: Mapping = field(default_factory=lambda: MappingProxyType({}))
     vp_grid: str | None = None
+    told_guidance: bool = False
 
     def load(self) -> type:
         """Import and return the scheduler class."""
@@ -49,18 +48,23 @@ class Sampler:
         Raises:
             UsageError: a name that the class does not take, or a value that does not exist.
         """
-        from ..core.schedule import family  # here, because it imports torch
+        from ..core.schedule import VPDiscrete  # here, because these import torch
+        from .config import COMMON, SWITCHES, completed, translated
 
-        arguments = {**self.defaults, **overrides}
-        known = [name for name in inspect.signature(self.load().__init__).parameters if name != "self"]
+        cls = self.load()
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         for name in overrides:
             if name not in known:
-                raise unknown(f"option of sampler {self.name!r}", name, known)
-        scheduler = self.load().from_config(dict(config or {}), **arguments)
-        chosen = _GRID_KEYS & set(arguments) or any(scheduler.config[key] for key in _SWITCHES)
-        if self.vp_grid is None or chosen or family(scheduler.config) != "vp":
-            return scheduler
-        return self.load().from_config(scheduler.config, grid=self.vp_grid)
+                raise unknown("sampler option", name, known)
+        # What the model's scheduler was told about its own rule is not meant for this one; where a run ends is.
+        own = set(known) - COMMON - {"set_alpha_to_one"}
+        model = {key: value for key, value in translated(config or {}).items() if key not in own}
+        arguments = completed({**self.defaults, **overrides})
+        scheduler = cls.from_config(model, **arguments)
+        settled = "grid" in arguments or scheduler.config["grid"] or any(scheduler.config[key] for key in SWITCHES)
+        if self.vp_grid is not None and not settled and isinstance(scheduler.noise_schedule, VPDiscrete):
+            scheduler.register_to_config(grid=self.vp_grid)
+        return scheduler
 
 
 _DDIM = "Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models (arXiv 2010.02502)"
@@ -70,15 +74,22 @@ _DPM = "Lu et al. 2022, DPM-Solver++ (arXiv 2211.01095)"
 _UNIPC = "Zhao et al. 2023, UniPC: A Unified Predictor-Corrector Framework (arXiv 2302.04867)"
 
 
-def _sampler(name, summary, paper, cls, grid="quadratic", nfe_per_step=1, **defaults) -> Sampler:
+def _sampler(name, summary, paper, cls, grid="fast", nfe_per_step=1, told_guidance=False, **defaults) -> Sampler:
     target = f"diffaccel.samplers.scheduler:{cls}"
-    return Sampler(name, summary, paper, nfe_per_step, target, MappingProxyType(defaults), grid)
+    return Sampler(name, summary, paper, nfe_per_step, target, MappingProxyType(defaults), grid, told_guidance)
 
 
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
-        _sampler("flow-adams", "the one to try first: any model as a flow", "this package", "FlowAdamsScheduler", None),
+        _sampler(
+            "flow-adams",
+            "the one to try first: any model as a flow, predictor and corrector",
+            "docs/samplers.md of this package",
+            "FlowAdamsScheduler",
+            None,
+            told_guidance=True,
+        ),
         _sampler("ddim", "first order, deterministic; Euler on flows", _DDIM, "DDIMScheduler", None),
         _sampler("ddpm", "first order, ancestral noise", _DDIM, "DDIMScheduler", None, eta=1.0),
         _sampler("deis", "tAB-DEIS, noise (flows: velocity) as a polynomial in t", _DEIS, "DEISScheduler"),
@@ -109,7 +120,7 @@ SAMPLERS = {
             momentum="heavy-ball",
             beta=0.8,
         ),
-        _sampler("ghvb", "generalised heavy ball of real order 2.5, for strong guidance", _MOMENTUM, "GHVBScheduler"),
+        _sampler("ghvb", "generalised heavy ball of real order 1.8, for strong guidance", _MOMENTUM, "GHVBScheduler"),
         _sampler("dpm-solver", "DPM-Solver++ 2M, x0 in log σ/α", _DPM, "DPMSolverScheduler"),
         _sampler(
             "dpm-solver-3m",

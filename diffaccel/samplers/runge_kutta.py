@@ -9,7 +9,7 @@ from ..core.errors import unknown
 from ..core.grids import Grid
 from ..core.schedule import NoiseSchedule
 from .forms import Form, weighted
-from .multistep import quantity, resolve_core, stored_as
+from .multistep import FAR, quantity, resolve_core, stored_as
 from .plan import Plan, Row
 
 
@@ -49,10 +49,7 @@ TABLEAUX: Mapping[str, Tableau] = {
 }  # fmt: skip
 
 
-_FAR = 200.0  # beyond it (zero terminal SNR, σ_max = 700) a Runge–Kutta step in ρ overshoots without bound
-
-
-def runge_kutta_plan(levels: Grid, tableau: str = "3kutta") -> Plan:
+def runge_kutta_plan(grid: Grid, tableau: str = "3kutta") -> Plan:
     """The plan of an explicit Runge–Kutta method on d(x/α) = ε dρ, or on dx = v dσ for flows.
 
     Every stage is evaluated at its own time, found by the exact inverse of ρ(t). A step to σ = 0 is first order, since
@@ -60,7 +57,7 @@ def runge_kutta_plan(levels: Grid, tableau: str = "3kutta") -> Plan:
     Steps from ρ > 200 are taken in s = ρ/(1+ρ), which is what flows use throughout (σ there).
 
     Args:
-        levels: the grid to step on.
+        grid: the grid to step on.
         tableau: a name in `TABLEAUX`.
 
     Raises:
@@ -70,12 +67,12 @@ def runge_kutta_plan(levels: Grid, tableau: str = "3kutta") -> Plan:
         raise unknown("tableau", str(tableau), TABLEAUX)
     table, rows = TABLEAUX[tableau], []
     slopes: list[Form] = []
-    for i in range(levels.steps):
-        core = "velocity" if levels.rho[i] > _FAR else resolve_core(None, levels)
-        start, stop = (_place(core, rho) for rho in levels.rho[i : i + 2])
+    for i in range(grid.steps):
+        core = "velocity" if grid.rho[i] > FAR else resolve_core(None, grid)
+        start, stop = (_place(core, rho) for rho in grid.rho[i : i + 2])
         stages = 1 if stop == 0.0 else len(table.nodes)
-        inner = [_level(levels.schedule, core, start + node * (stop - start)) for node in table.nodes[1:stages]]
-        ends = [(levels.times[j], levels.alpha[j], levels.sigma[j]) for j in (i, i + 1)]
+        inner = [_level(grid.schedule, core, start + node * (stop - start)) for node in table.nodes[1:stages]]
+        ends = [(grid.times[j], grid.alpha[j], grid.sigma[j]) for j in (i, i + 1)]
         nodes = [ends[0], *inner, ends[1]]
         combinations = [*table.stages[1:stages], table.weights if stages > 1 else (1.0,)]
         first = len(rows)

@@ -5,11 +5,12 @@
 All take the arguments of `config.common` besides their own. Their module is given as ``diffaccel``, because diffusers
 looks there for the class of a saved pipeline. Arguments that several share:
 
-    core               what is integrated: "noise", "data" or, on flows, "velocity"; None for what the model predicts
-                       best, velocity on flows and noise elsewhere
+    core               what is integrated: "noise", "data" or "velocity"; None for velocity on flows and noise elsewhere
     lower_order_final  let the order fall to 1 towards the last step
-    momentum, beta     "heavy-ball" or "nesterov" with β in (0, 1], see `momentum.with_momentum`
-    guidance_scale     choose β for this scale of classifier-free guidance, as Wizadwongsa et al. 2024 recommend
+    momentum           "heavy-ball" or "nesterov", see `momentum.with_momentum`
+    beta               β of the momentum in (0, 1]; None for 0.8
+    guidance_scale     with momentum and no beta: choose β for this scale of classifier-free guidance, as Wizadwongsa et al.
+                       2024 recommend
 """
 
 from ..core.errors import UsageError, unknown
@@ -18,11 +19,10 @@ from ..core.schedule import VPDiscrete
 from .adams import MAX_ORDER as MAX_ADAMS
 from .adams import ghvb_plan, ipndm_plan, split
 from .config import configured
-from .ddim import ddim_plan
-from .deis import MAX_ORDER as MAX_DEGREE
-from .deis import deis_plan
+from .ddim import check_eta, ddim_plan
+from .deis import MAX_DEGREE, check_stochastic, deis_plan
 from .log_snr import SOLVER_TYPES, dpm_solver_plan, unipc_plan
-from .momentum import check_momentum, ghvb_beta, heavy_ball_beta
+from .momentum import MOMENTA, check_momentum, ghvb_beta, heavy_ball_beta
 from .multistep import QUANTITIES, VARIABLES
 from .plan import Plan
 from .runge_kutta import TABLEAUX, runge_kutta_plan
@@ -49,6 +49,7 @@ class DDIMScheduler(PlanScheduler):
     @configured
     def __init__(self, eta: float = 0.0, set_alpha_to_one: bool = True, **shared):
         super().__init__()
+        check_eta(self.config.eta)
 
     def plan(self, grid: Grid) -> Plan:
         """See `ddim.ddim_plan`."""
@@ -64,15 +65,19 @@ class FlowAdamsScheduler(PlanScheduler):
     """Adams predictor and corrector for the velocity of any model seen as a flow: the one to try first.
 
     With s = σ/(α+σ), x/(α+σ) moves with the rectified-flow velocity ε − x0 whatever the noise schedule. The velocity is
-    taken as a polynomial in arctan(σ/α), and every step is corrected once its end is evaluated. On VP and EDM models
-    the class comes with its own grid, "fast"; flows keep their own spacing. One network call per step.
+    taken as a polynomial in arctan(σ/α), every step is corrected once its end is evaluated, and a little momentum damps
+    what the correction overshoots. On VP and EDM models the class comes with its own grid, "fast"; flows keep their own
+    spacing. One network call per step.
 
     Args:
         solver_order: evaluations that a prediction combines, 1 … 4; the correction takes one more.
-        corrector: False for the predictor alone.
+        corrector: None for on, but off where ``guidance_scale`` is above 2: strong guidance makes it unstable.
         variable: as for `DEISScheduler`.
         grid: a name in `core.spacings.GRIDS`, or None for ``timestep_spacing``.
-        lower_order_final, momentum, beta, guidance_scale: see above.
+        momentum, lower_order_final: see above.
+        beta: None for 1 − 1/(2·steps), which keeps the second order; above a guidance scale of 2 for 1 − 0.03·scale, 0.8 at
+            least (`benchmarks/momentum.py`).
+        guidance_scale: the pipeline's scale of classifier-free guidance; say it here if it is above 2.
         **shared: see `config.common`.
 
     Raises:
@@ -85,12 +90,12 @@ class FlowAdamsScheduler(PlanScheduler):
     def __init__(
         self,
         solver_order: int = 2,
-        corrector: bool = True,
+        corrector: bool | None = None,
         variable: str = "angle",
         grid: str | None = "fast",
         lower_order_final: bool = False,
-        momentum: str | None = None,
-        beta: float = 1.0,
+        momentum: str | None = "heavy-ball",
+        beta: float | None = None,
         guidance_scale: float | None = None,
         **shared,
     ):
@@ -99,9 +104,14 @@ class FlowAdamsScheduler(PlanScheduler):
 
     def plan(self, grid: Grid) -> Plan:
         """See `deis.deis_plan`."""
-        config, degree = self.config, self.config.solver_order - 1
-        low, corrector = config.lower_order_final, config.corrector
-        return deis_plan(grid, degree, config.variable, low, "velocity", 0.0, corrector, *_momentum(config))
+        config, scale = self.config, self.config.guidance_scale
+        guided = scale is not None and scale > 2.0
+        corrector = config.corrector if config.corrector is not None else not guided
+        beta = config.beta
+        if beta is None:
+            beta = max(0.8, 1.0 - 0.03 * scale) if guided else 1.0 - 0.5 / grid.steps
+        degree, low, variable = config.solver_order - 1, config.lower_order_final, config.variable or "angle"
+        return deis_plan(grid, degree, variable, low, "velocity", 0.0, corrector, config.momentum, beta)
 
 
 class DEISScheduler(PlanScheduler):
@@ -111,7 +121,7 @@ class DEISScheduler(PlanScheduler):
         solver_order: evaluations that a step combines, 1 … 4 (the paper's order 0 … 3).
         variable: "t" (tAB-DEIS), "rho" (ρAB-DEIS), "log-rho" (diffusers' DEISMultistepScheduler) or "angle".
         core: see above; the paper's is "noise".
-        eta: 0 deterministic, 1 ancestral; see `deis.deis_plan`.
+        eta: 0 deterministic, 1 ancestral; the core is then "data" unless named, see `deis.deis_plan`.
         corrector: redo each step once its end is evaluated; not with eta.
         lower_order_final, momentum, beta, guidance_scale: see above.
         **shared: see `config.common`.
@@ -132,18 +142,18 @@ class DEISScheduler(PlanScheduler):
         corrector: bool = False,
         lower_order_final: bool = False,
         momentum: str | None = None,
-        beta: float = 1.0,
+        beta: float | None = None,
         guidance_scale: float | None = None,
         **shared,
     ):
         super().__init__()
-        _check_multistep(self.config, MAX_DEGREE + 1)
+        _check_multistep(self.config, MAX_DEGREE + 1, self.config.eta)
 
     def plan(self, grid: Grid) -> Plan:
         """See `deis.deis_plan`."""
         config, degree = self.config, self.config.solver_order - 1
-        low, corrector = config.lower_order_final, config.corrector
-        return deis_plan(grid, degree, config.variable, low, config.core, config.eta, corrector, *_momentum(config))
+        low, corrector, variable = config.lower_order_final, config.corrector, config.variable or "t"
+        return deis_plan(grid, degree, variable, low, config.core, config.eta, corrector, *_momentum(config))
 
 
 class IPNDMScheduler(PlanScheduler):
@@ -167,7 +177,7 @@ class IPNDMScheduler(PlanScheduler):
         core: str | None = None,
         lower_order_final: bool = False,
         momentum: str | None = None,
-        beta: float = 1.0,
+        beta: float | None = None,
         guidance_scale: float | None = None,
         **shared,
     ):
@@ -184,7 +194,7 @@ class GHVBScheduler(PlanScheduler):
     """GHVB (Wizadwongsa et al. 2024): Adams–Bashforth of a real order, for strong guidance. One network call per step.
 
     Args:
-        ghvb_order: k.d in (0, 5]: order ⌈k.d⌉ with β = the fractional part; 2.5 is between AB2 and AB3 in stability.
+        ghvb_order: k.d in (0, 5]: order ⌈k.d⌉ with β = the fractional part; 1.8 for few steps, 2.5 and more for many.
         variable: None for the paper's fixed coefficients; "t", "rho", "log-rho" or "angle" for variable-step GHVB.
         core: see above.
         guidance_scale: replace the fractional part of ``ghvb_order`` by the β recommended for this scale.
@@ -199,7 +209,7 @@ class GHVBScheduler(PlanScheduler):
     @configured
     def __init__(
         self,
-        ghvb_order: float = 2.5,
+        ghvb_order: float = 1.8,
         variable: str | None = None,
         core: str | None = None,
         guidance_scale: float | None = None,
@@ -239,20 +249,23 @@ class DPMSolverScheduler(PlanScheduler):
         algorithm_type: str = "dpmsolver++",
         lower_order_final: bool = True,
         momentum: str | None = None,
-        beta: float = 1.0,
+        beta: float | None = None,
         guidance_scale: float | None = None,
         **shared,
     ):
         super().__init__()
-        _check_multistep(self.config, 3)
         if self.config.algorithm_type not in (*_ALGORITHMS, "deis"):
             raise unknown("algorithm_type", str(self.config.algorithm_type), _ALGORITHMS)
+        _check_multistep(self.config, 3, self._core_and_eta[1])
 
     def plan(self, grid: Grid) -> Plan:
         """See `log_snr.dpm_solver_plan`."""
-        config = self.config
-        core, eta = _ALGORITHMS.get(config.algorithm_type, _ALGORITHMS["dpmsolver++"])
+        config, (core, eta) = self.config, self._core_and_eta
         return dpm_solver_plan(grid, config.solver_order, config.lower_order_final, core, *_momentum(config), eta)
+
+    @property
+    def _core_and_eta(self) -> tuple[str, float]:
+        return _ALGORITHMS.get(self.config.algorithm_type, _ALGORITHMS["dpmsolver++"])
 
 
 class UniPCScheduler(PlanScheduler):
@@ -281,7 +294,7 @@ class UniPCScheduler(PlanScheduler):
         corrector: bool = True,
         lower_order_final: bool = True,
         momentum: str | None = None,
-        beta: float = 1.0,
+        beta: float | None = None,
         guidance_scale: float | None = None,
         **shared,
     ):
@@ -328,15 +341,21 @@ class RhoRKScheduler(PlanScheduler):
 
 
 def _momentum(config) -> tuple[str | None, float]:
-    scale = config.guidance_scale
-    return config.momentum, config.beta if scale is None else heavy_ball_beta(scale)
+    if config.momentum is None:
+        return None, 1.0
+    if config.beta is None:
+        return config.momentum, 0.8 if config.guidance_scale is None else heavy_ball_beta(config.guidance_scale)
+    return config.momentum, config.beta
 
 
-def _check_multistep(config, highest_order: int) -> None:
+def _check_multistep(config, highest_order: int, eta: float = 0.0) -> None:
     if config.solver_order not in range(1, highest_order + 1):
         allowed = ", ".join(map(str, range(1, highest_order)))
         raise UsageError(f"solver_order must be {allowed} or {highest_order}; got {config.solver_order!r}.")
-    check_momentum(*_momentum(config))
+    if config.beta is not None and config.momentum is None:
+        raise UsageError(f"beta belongs to momentum: set momentum to one of {', '.join(MOMENTA)}, or leave beta out.")
+    check_momentum(*_momentum(config), eta)
+    check_stochastic(eta, bool(config.get("corrector")))
     _check_names(config)
 
 

@@ -1,5 +1,6 @@
 """`PlanScheduler`: executes plans inside the contract of diffusers' schedulers."""
 
+import numbers
 from collections.abc import Sequence
 
 import diffusers
@@ -12,7 +13,7 @@ from ..core.errors import UsageError
 from ..core.grids import Grid, make_grid, shift_from_mu
 from ..core.prediction import coefficients
 from ..core.schedule import EDM, Flow, VPDiscrete, from_diffusers
-from .config import grid_name, grid_options, network_output, translated, validate, with_grid
+from .config import completed, grid_name, grid_options, network_output, translated, validate, without_unset
 from .ddim import ddim_row
 from .plan import Plan, Row, Run
 
@@ -39,13 +40,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
 
     def __init__(self):
-        validate(self.config)
+        validate(self.config, type(self).__init__)
         self.noise_schedule = from_diffusers({"num_train_timesteps": 1000, **self.config})
         if isinstance(self.noise_schedule, VPDiscrete):
             self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
         self._network_output = network_output(self.config)
         self.num_inference_steps: int | None = None
         self._grid: Grid | None = None
+        self._plan: Plan | None = None
         fractions = torch.linspace(1.0, 0.0, self.config.num_train_timesteps, dtype=torch.float64)
         self._publish(self.noise_schedule.time(fractions).tolist(), device=None)
         self.sigmas = self._published_levels(*self.noise_schedule.level(self.timesteps))
@@ -59,14 +61,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """Build from the configuration of any diffusers scheduler for VP, EDM or flow models.
 
-        A spacing or a switch for one among ``kwargs`` counts for more than the ``grid`` of the configuration or class.
+        A spacing or a switch for one among ``kwargs`` counts for more than the ``grid`` of the configuration or class, and
+        ``shift`` and ``flow_shift`` mean the same there.
 
         Raises:
             UsageError: a model of another kind, and settings that cannot be honoured.
         """
         if isinstance(config, dict):
-            config = translated(config)
-        return super().from_config(config, return_unused_kwargs, **with_grid(kwargs))
+            named_here = config.get("_class_name") == cls.__name__ or config.get("grid") is not None
+            config = without_unset(translated(config), cls.__init__)
+            if not named_here:
+                config.pop("grid", None)  # another class's "none" is not a wish against the grid of this one
+        return super().from_config(config, return_unused_kwargs, **completed(kwargs))
 
     @classmethod
     def _get_compatibles(cls):
@@ -80,6 +86,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def step_index(self) -> int | None:
         """Index of the next call in `timesteps`; None before a run."""
         return self._step_index
+
+    @property
+    def current_plan(self) -> Plan | None:
+        """The coefficients of the run that `set_timesteps` prepared; None before."""
+        return self._plan
 
     @property
     def begin_index(self) -> int | None:
@@ -122,7 +133,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             if mu is None:
                 raise UsageError("use_dynamic_shifting is on: pass mu to set_timesteps, or set it to False.")
             shift = shift_from_mu(mu, config.time_shift_type)
-        self._grid = make_grid(
+        grid = make_grid(
             self.noise_schedule,
             num_inference_steps,
             grid_name(config),
@@ -133,9 +144,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             timesteps=timesteps,
             sigmas=sigmas,
         )
-        self.num_inference_steps = self._grid.steps
+        plan = self.plan(grid)  # before anything changes, since both may refuse
+        self._grid, self._plan, self.num_inference_steps = grid, plan, grid.steps
         self.order = self.stages if timesteps is None and sigmas is None else 1
-        self._plan = self.plan(self._grid)
         self._publish([row.t for row in self._plan.rows], device)
         levels = [(row.alpha, row.sigma) for row in self._plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
         self.sigmas = self._published_levels(*torch.tensor(levels, dtype=torch.float64).T)
@@ -154,7 +165,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             UsageError: a budget below the cost of one step.
         """
-        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < self.calls(1):
+        if not isinstance(nfe, numbers.Integral) or isinstance(nfe, bool) or nfe < self.calls(1):
             raise UsageError(
                 f"nfe must be a whole number of at least {self.calls(1)}, the cost of one step; got {nfe!r}."
             )
@@ -201,6 +212,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
         row, x = self._run.row, sample.to(dtype)
         output = self._converted(row, x, model_output.to(dtype))
+        if output is model_output and self._plan.output_depth > 1:
+            output = output.clone()  # it is remembered, and the caller may write the next output over it
         noise = None
         if row.noise:  # drawn in float32, so that a seed means the same noise in every precision
             noise = randn_tensor(sample.shape, generator, sample.device, torch.float32).to(dtype)
@@ -242,8 +255,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             return
         step = -(-index // self.stages)
         levels = [(row.t, row.alpha, row.sigma) for row in self._plan.rows[index : step * self.stages + 1]]
-        rest = map(ddim_row, levels, levels[1:])
-        self._run = Run(Plan((*rest, *self.plan(self._grid.tail(step)).rows), name=self._plan.name))
+        if step == self._grid.steps:  # inside the last step: its end is no call
+            levels.append((self._grid.times[-1], self._grid.alpha[-1], self._grid.sigma[-1]))
+        rows = [*map(ddim_row, levels, levels[1:])]
+        if step < self._grid.steps:
+            rows += self.plan(self._grid.tail(step)).rows
+        self._run = Run(Plan(tuple(rows), name=self._plan.name))
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)

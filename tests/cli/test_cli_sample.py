@@ -35,6 +35,31 @@ def test_one_png_per_image(run, tmp_path):
     assert done.out.startswith("12 images in ") and done.err == ""
 
 
+def test_budget_and_options_of_the_sampler(run, tmp_path):
+    sheets = []
+    for name, more in (("a", ("--nfe", 4)), ("b", ("--steps", 4)), ("c", ("--steps", 4, "--set", "solver_order=1"))):
+        path = tmp_path / f"{name}.png"
+        run("sample", "digits", "--sampler", "deis", "--num", 4, "--grid", path, *more)
+        sheets.append(path.read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--steps", 4, "--nfe", 4), "either --steps or --nfe"),
+        (("--set", "eta=1"), "--sampler"),
+        (("--sampler", "ddim", "--set", "eta"), "NAME=VALUE"),
+        (("--sampler", "ddim", "--set", "eta=2"), "eta must lie in"),
+        (("--sampler", "ghvb", "--set", "order=3"), "ghvb_order"),
+        (("--sampler", "rho-rk4", "--nfe", 1, "--guidance-scale", 3), "at least 2"),
+    ],
+)
+def test_bad_samplers(cli, tmp_path, more, words):
+    done = cli("sample", "digits", "--num", 2, "--grid", tmp_path / "x.png", *more)
+    assert done.code == 2 and words in done.err and not (tmp_path / "x.png").exists()
+
+
 def test_grid_makes_its_folder(run, tmp_path):
     run("sample", "digits", "--steps", 2, "--num", 20, "--grid", tmp_path / "new" / "sheet.png")
     sheet = read_images([tmp_path / "new" / "sheet.png"])

@@ -137,8 +137,8 @@ def test_lower_order_final_and_errors():
     depths = [len(row.outputs) for row in deis_plan(grid, 3, lower_order_final=True).rows]
     assert depths == [1, 2, 3, 3, 2, 1]
     for arguments, words in (
-        ({"order": 4}, "0, 1, 2 or 3"),
-        ({"order": 1, "variable": "logrho"}, "log-rho"),
+        ({"degree": 4}, "0, 1, 2 or 3"),
+        ({"degree": 1, "variable": "logrho"}, "log-rho"),
         ({"core": "score"}, "data, noise, velocity"),
         ({"core": "velocity", "eta": 1.0}, "eta = 0"),
         ({"eta": -1.0}, "at least 0"),

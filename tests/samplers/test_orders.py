@@ -17,6 +17,7 @@ from diffaccel.samplers.log_snr import dpm_solver_plan, unipc_plan
 from diffaccel.samplers.multistep import VARIABLES
 from diffaccel.samplers.plan import Run
 from diffaccel.samplers.runge_kutta import TABLEAUX, runge_kutta_plan
+from diffaccel.samplers.scheduler import FlowAdamsScheduler
 from diffaccel.testing import GaussianMixtureTeacher, reference_solution
 
 VP, FLOW = VPLinear(), Flow()
@@ -42,6 +43,7 @@ VP_RULES = [
         )
         for k in (0, 1, 2)
     ),
+    ("FlowAdamsScheduler", lambda g: FlowAdamsScheduler().plan(g), 2, 2, SMOOTH),
     *(
         (f"velocity {k}", lambda g, k=k: deis_plan(g, k, "angle", core="velocity"), k + 1, k, SMOOTH)
         for k in (0, 1, 2, 3)

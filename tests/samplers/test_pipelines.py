@@ -34,10 +34,13 @@ def few(name: str) -> int:
 
 
 def check_result(name: str, result: torch.Tensor, stochastic: bool = False) -> None:
-    """Not merely finite: few steps land near the many, in size and, without noise on the way, in direction."""
+    """Not merely finite: few steps land near the many, in size and, without noise on the way, in direction.
+
+    An untrained network leaves x/α as it is, so a grid that begins at a cleaner level ends up smaller.
+    """
     assert bool(torch.isfinite(result).all())
     size, cosine = result.norm() / fine(name).norm(), torch.cosine_similarity(result.flatten(), fine(name).flatten(), 0)
-    assert 0.2 < float(size) < 2.5
+    assert 0.05 < float(size) < 2.5
     assert stochastic or float(cosine) > 0.9
 
 

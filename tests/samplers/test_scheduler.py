@@ -12,7 +12,7 @@ from diffaccel.core.schedule import from_diffusers
 from diffaccel.samplers.deis import deis_plan
 from diffaccel.samplers.registry import SAMPLERS, get_sampler
 from diffaccel.samplers.sample import sample
-from diffaccel.samplers.scheduler import DDIMScheduler, DEISScheduler
+from diffaccel.samplers.scheduler import DDIMScheduler, DEISScheduler, FlowAdamsScheduler
 from diffaccel.testing import check_scheduler
 from diffaccel.testing.schedulers import exact_run, network, run
 
@@ -216,8 +216,32 @@ def test_registry_builds_what_it_says():
         scheduler = sampler.build(stock.config)
         assert scheduler.config.beta_schedule == "scaled_linear" and sampler.name == name and sampler.summary
         assert sampler.defaults.items() <= dict(scheduler.config).items()
-        assert scheduler.config.grid == ("fast" if name == "flow-adams" else sampler.vp_grid)
+        assert scheduler.config.grid == (sampler.vp_grid or ("fast" if name == "flow-adams" else None))
         assert sampler.build(stock.config, timestep_spacing="leading").config.grid is None
         assert sampler.build(diffusers.FlowMatchEulerDiscreteScheduler().config).config.grid in (None, "fast")
         scheduler.set_timesteps(7)
         assert len(scheduler.timesteps) == 6 * sampler.nfe_per_step + 1 and scheduler.order == sampler.nfe_per_step
+
+
+def test_flow_adams_knows_its_grid_and_minds_guidance():
+    stock = diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="leading", steps_offset=1)
+    scheduler = FlowAdamsScheduler.from_config(stock.config)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps.dtype == torch.float32 and float(scheduler.timesteps[0]) == 999.0
+    named = FlowAdamsScheduler.from_config(stock.config, timestep_spacing="trailing")
+    named.set_timesteps(5)
+    assert named.timesteps.tolist() == [999, 799, 599, 399, 199]
+    assert named.config.grid is None and DDIMScheduler.from_config(scheduler.config).config.grid is None
+    grid = make_grid(scheduler.noise_schedule, 8, "fast")
+    expected = deis_plan(grid, 1, "angle", core="velocity", corrector=True, momentum="heavy-ball", beta=1 - 1 / 16)
+    assert FlowAdamsScheduler().plan(grid) == expected == FlowAdamsScheduler(guidance_scale=2.0).plan(grid)
+    guided = deis_plan(grid, 1, "angle", core="velocity", momentum="heavy-ball", beta=0.8)
+    assert FlowAdamsScheduler(guidance_scale=15.0).plan(grid).rows == guided.rows
+    assert FlowAdamsScheduler(guidance_scale=15.0, corrector=True).plan(grid).rows != guided.rows
+    with pytest.raises(UsageError, match="beta"):
+        FlowAdamsScheduler(beta=1.5)
+
+
+def test_corrector_and_noise_exclude_each_other():
+    with pytest.raises(UsageError, match="corrector"):
+        DEISScheduler(eta=1.0, corrector=True).set_timesteps(4)
