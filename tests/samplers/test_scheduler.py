@@ -141,6 +141,20 @@ def test_no_step_reads_a_tensor_on_the_host(name, config):
             x = scheduler.step(x * 0.1, t, x, generator=generator, return_dict=False)[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_waits_for_the_gpu(name):
+    scheduler, x = SAMPLERS[name].build(SD), noise().cuda()
+    scheduler.set_timesteps(6, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in scheduler.timesteps:
+            x = scheduler.step(x * 0.1, t, x, generator=generator, return_dict=False)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_finished_run_starts_again_and_whole_times_are_integers():
     scheduler, x = DEISScheduler(**SD), noise()
     first = run(scheduler, x, 5)
