@@ -207,7 +207,7 @@ _AYS = "Sabour, Fidler & Kreis 2024, Align Your Steps"
 GRIDS = {
     kind.name: kind
     for kind in (
-        GridKind("trailing", "uniform in t, the first call at pure noise; best at few steps", _LIN, _trailing),
+        GridKind("trailing", "uniform in t, the first call at pure noise", _LIN, _trailing),
         GridKind("leading", "uniform in t from the clean end, never reaches pure noise", _LIN, _leading),
         GridKind("linspace", "uniform in t with a call at both ends of the table", _LIN, _linspace),
         GridKind("quadratic", "uniform in t^(1/power), power 2", "Zhang & Chen 2023 (DEIS)", _quadratic),

@@ -78,7 +78,7 @@ class DigitsDenoising(Method):
         levels = make_grid(model.schedule, self.config.sampling_steps)
         labels = torch.arange(100).to(self.images.device) // 10
         noise = random.normal("picture", 0, 0, 100, model.sample_shape).to(self.images.device)
-        return sample(model, noise, deis_plan(levels, order=2), {"class_labels": labels})
+        return sample(model, noise, deis_plan(levels, degree=2), {"class_labels": labels})
 
     def export(self, model: UNet2DDenoiser, folder: Path) -> None:
         pipeline = ClassConditionalPipeline(model.net, self.scheduler, self.config.sampling_steps)
