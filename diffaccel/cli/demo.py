@@ -55,7 +55,7 @@ def demo(
     next_commands = [
         f"diffaccel sample {final} --num 100 --grid student.png",
         f"diffaccel evaluate fid {final} digits:heldout",
-        "diffaccel sample digits --steps 5 --sampler deis --grid teacher-5.png",
+        "diffaccel sample digits --steps 5 --sampler flow-adams --grid teacher-5.png",
         "diffaccel distill --teacher digits --method dmd",
         "diffaccel list methods",
     ]

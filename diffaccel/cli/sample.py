@@ -54,7 +54,7 @@ def sample(
 
     Examples:
 
-    - `diffaccel sample digits --steps 10 --sampler deis --num 100 --grid digits.png`
+    - `diffaccel sample digits --steps 8 --sampler flow-adams --num 100 --grid digits.png`
 
     - `diffaccel sample digits --nfe 16 --sampler ghvb --set ghvb_order=2.3 --guidance-scale 5 --grid digits.png`
 
