@@ -42,6 +42,7 @@ RULES = {
     "UniPC 2 + heavy ball": lambda grid, beta: unipc_plan(grid, 2, momentum="heavy-ball", beta=beta),
 }
 
+DROP_IN_STEPS = (5, 6, 8, 10)
 _FAST = {"grid": "fast"}
 DROP_INS = [
     ("DDIM, fast", "ddim", _FAST),
@@ -56,49 +57,49 @@ DROP_INS = [
 ]
 
 
-@torch.no_grad()
-def curves(scale: float, steps: int, count: int) -> dict[str, list[tuple[float, float]]]:
+class Setting:
+    """The guided teacher at one scale, its noise, and where the fine trajectory ends."""
+
+    @torch.no_grad()
+    def __init__(self, scale: float, count: int):
+        teacher = load_denoiser("digits").eval()
+        real = to_unit_range(load_digits("train")[0])
+        self.scale, self.schedule, self.guided = scale, teacher.schedule, Guided(teacher, scale)
+        self.mean, self.std = [float(real.mean())], [float(real.std())]
+        self.x = KeyedRandom(0).normal("x", 0, 0, count, teacher.sample_shape)
+        self.condition = {"class_labels": torch.arange(count) % 10}
+        self.fine = self.run(deis_plan(make_grid(self.schedule, 1000, "quadratic"), 1))
+
+    @torch.no_grad()
+    def run(self, plan) -> torch.Tensor:
+        return sample(self.guided, self.x, plan, self.condition)
+
+    def score(self, images: torch.Tensor) -> float:
+        return float(magnitude_score(images, self.mean, self.std, cell=2).mean())
+
+    def error(self, images: torch.Tensor) -> float:
+        return float((images - self.fine).square().mean().sqrt())
+
+
+def curves(setting: Setting, steps: int) -> dict[str, list[tuple[float, float]]]:
     """(magnitude score, error) by rule, one per entry of `BETAS`; the reference's score under "reference"."""
-    teacher = load_denoiser("digits").eval()
-    guided = Guided(teacher, scale)
-    real = to_unit_range(load_digits("train")[0])
-    mean, std = [float(real.mean())], [float(real.std())]
-    x = KeyedRandom(0).normal("x", 0, 0, count, teacher.sample_shape)
-    condition = {"class_labels": torch.arange(count) % 10}
-
-    def run(plan):
-        return sample(guided, x, plan, condition)
-
-    def score(images) -> float:
-        return float(magnitude_score(images, mean, std, cell=2).mean())
-
-    fine = run(deis_plan(make_grid(teacher.schedule, 1000, "quadratic"), 1))
-    grid = make_grid(teacher.schedule, steps, "quadratic")
-    found = {"reference": [(score(fine), 0.0)]}
+    grid = make_grid(setting.schedule, steps, "quadratic")
+    found = {"reference": [(setting.score(setting.fine), 0.0)]}
     for name, rule in RULES.items():
-        images = [run(rule(grid, beta)) for beta in BETAS]
-        found[name] = [(score(image), float((image - fine).square().mean().sqrt())) for image in images]
+        images = [setting.run(rule(grid, beta)) for beta in BETAS]
+        found[name] = [(setting.score(image), setting.error(image)) for image in images]
     return found
 
 
-@torch.no_grad()
-def drop_in(scale: float, count: int) -> list[list[str]]:
+def drop_in(setting: Setting) -> list[list[str]]:
     """Error by number of steps of schedulers as they come, the guidance pair's calls counted once."""
-    teacher = load_denoiser("digits").eval()
-    guided = Guided(teacher, scale)
-    x = KeyedRandom(0).normal("x", 0, 0, count, teacher.sample_shape)
-    condition = {"class_labels": torch.arange(count) % 10}
-    fine = sample(guided, x, deis_plan(make_grid(teacher.schedule, 1000, "quadratic"), 1), condition)
     rows = []
     for label, name, options in DROP_INS:
-        cells = []
-        for steps in (5, 6, 8, 10):
-            scheduler = get_sampler(name).build(
-                {}, **({"guidance_scale": scale} if label.endswith("told") else {}), **options
-            )
+        told = {"guidance_scale": setting.scale} if label.endswith("told") else {}
+        scheduler, cells = get_sampler(name).build({}, **told, **options), []
+        for steps in DROP_IN_STEPS:
             scheduler.set_timesteps(steps)
-            images = sample(guided, x, scheduler.current_plan, condition)
-            cells.append(f"{float((images - fine).square().mean().sqrt()):.3f}")
+            cells.append(f"{setting.error(setting.run(scheduler.current_plan)):.3f}")
         rows.append([label, *cells])
     return rows
 
@@ -110,7 +111,8 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {scale: curves(scale, arguments.steps, arguments.count) for scale in SCALES}
+    settings = [Setting(scale, arguments.count) for scale in SCALES]
+    results = {setting.scale: curves(setting, arguments.steps) for setting in settings}
     for scale, found in results.items():
         for index, what in enumerate(("magnitude score", "error")):
             print(
@@ -118,9 +120,9 @@ def main() -> None:
             )
             rows = [[name, *(f"{point[index]:.3f}" for point in found[name])] for name in RULES]
             print(table(["rule", *(f"β = {beta:g}" for beta in BETAS)], rows))
-    for scale in SCALES:
-        print(f"\nguidance {scale:g}: error of schedulers as they come")
-        print(table(["scheduler", *(f"{steps} steps" for steps in (5, 6, 8, 10))], drop_in(scale, arguments.count)))
+    for setting in settings:
+        print(f"\nguidance {setting.scale:g}: error of schedulers as they come")
+        print(table(["scheduler", *(f"{steps} steps" for steps in DROP_IN_STEPS)], drop_in(setting)))
     if arguments.plot:
         plot(results, arguments.plot)
 

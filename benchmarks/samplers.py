@@ -88,12 +88,14 @@ def drive(make, denoiser, x: torch.Tensor, condition, calls: int) -> torch.Tenso
         scheduler = make()
         try:
             scheduler.set_timesteps(calls)
-            for t in scheduler.timesteps if len(scheduler.timesteps) == calls else []:
+            if len(scheduler.timesteps) != calls:
+                return torch.full_like(x, torch.nan)
+            for t in scheduler.timesteps:
                 x0 = denoiser(x, t.double().expand(len(x)), condition).to(x.dtype)
                 x = scheduler.step(x0, t, x, return_dict=False)[0]
         except (RuntimeError, IndexError):  # singular systems of UniPC without lower_order_final
             return torch.full_like(x, torch.nan)
-    return x if len(scheduler.timesteps) == calls else torch.full_like(x, torch.nan)
+    return x
 
 
 def mixture_bench(seeds: int):

@@ -83,12 +83,12 @@ def ghvb_plan(grid: Grid, number: float = 2.5, core: str | None = None, variable
     order, beta = split(number)
     rule = Core(resolve_core(core, grid), grid)
     carry = 1.0 - beta
+    gammas = [
+        beta * g + carry * before
+        for g, before in zip(_DIFFERENCES[:order], (0.0, *_DIFFERENCES[: order - 1]), strict=True)
+    ]
 
     def fixed(i: int) -> Slope:
-        gammas = [
-            beta * g + carry * before
-            for g, before in zip(_DIFFERENCES[:order], (0.0, *_DIFFERENCES[: order - 1]), strict=True)
-        ]
         if i >= order:
             return Slope(_from_differences(gammas), carry)
         velocities = [_filtered(beta, lag) for lag in range(i, -1, -1)]  # of v_i, v_{i−1}, …, v_0 over e_·, newest last

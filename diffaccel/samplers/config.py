@@ -165,8 +165,9 @@ def _fits(value, hint) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        items = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
-        return items is value and all(_fits(item, typing.get_args(hint)[0]) for item in items)
+        (item_hint,) = typing.get_args(hint)
+        iterable = hasattr(value, "__iter__") and not isinstance(value, str)
+        return iterable and all(_fits(item, item_hint) for item in value)
     if hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool)

@@ -7,8 +7,8 @@ import math
 
 from ..core.errors import UsageError
 from ..core.grids import Grid
-from .momentum import check_momentum, with_momentum
-from .multistep import Core, Slope, degrees, multistep_plan, resolve_core
+from .momentum import with_momentum
+from .multistep import Core, Slope, check_stochastic, degrees, multistep_plan, resolve_core
 from .plan import Plan
 
 MAX_DEGREE = 3
@@ -56,7 +56,6 @@ def deis_plan(
     if degree not in range(MAX_DEGREE + 1):
         raise UsageError(f"The degree of DEIS must be 0, 1, 2 or 3; got {degree!r}.")
     check_stochastic(eta, corrector)
-    check_momentum(momentum, beta, eta)
     rule = Core(resolve_core(core, grid, eta), grid, eta)
     reach = degrees(grid.steps, degree, lower_order_final)
 
@@ -68,17 +67,5 @@ def deis_plan(
             return None  # the step's own start has no place in this variable
         return Slope(rule.lagrange(i - 1, range(i, i - reach[i - 1] - 2, -1), variable))
 
-    predict, correct = with_momentum(momentum, beta, polynomial, corrected if corrector else None)
+    predict, correct = with_momentum(momentum, beta, polynomial, corrected if corrector else None, eta)
     return multistep_plan(rule, predict, correct, name=f"deis({rule.name}, {variable}, degree={degree}, eta={eta:g})")
-
-
-def check_stochastic(eta: float, corrector: bool) -> None:
-    """Refuse a negative eta, and a corrector of steps that add noise.
-
-    Raises:
-        UsageError: saying which.
-    """
-    if not eta >= 0.0:
-        raise UsageError(f"eta must be at least 0 (0 deterministic, 1 ancestral); got {eta!r}.")
-    if corrector and eta:
-        raise UsageError("The corrector is for eta = 0: a step that added noise cannot be redone.")

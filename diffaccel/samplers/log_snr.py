@@ -7,7 +7,7 @@ import math
 
 from ..core.errors import UsageError, unknown
 from ..core.grids import Grid
-from .momentum import check_momentum, with_momentum
+from .momentum import with_momentum
 from .multistep import Core, Slope, degrees, multistep_plan
 from .plan import Plan
 
@@ -41,10 +41,9 @@ def dpm_solver_plan(
         UsageError: an order that does not exist.
     """
     _check(order, core, "DPM-Solver")
-    check_momentum(momentum, beta, eta)
     rule = Core(core, grid, eta)
     degree = degrees(grid.steps, order - 1, lower_order_final)
-    predict, _ = with_momentum(momentum, beta, lambda i: Slope(_predictor(rule, i, degree[i], "bh2")))
+    predict, _ = with_momentum(momentum, beta, lambda i: Slope(_predictor(rule, i, degree[i], "bh2")), eta=eta)
     return multistep_plan(rule, predict, name=f"dpm-solver({core}, order={order})")
 
 

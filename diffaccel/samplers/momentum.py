@@ -19,7 +19,7 @@ Rule = Callable[[int], Slope | None]
 
 
 def with_momentum(
-    kind: str | None, beta: float, predict: Rule, correct: Rule | None = None
+    kind: str | None, beta: float, predict: Rule, correct: Rule | None = None, eta: float = 0.0
 ) -> tuple[Rule, Rule | None]:
     """Filter the slope p of a rule (Wizadwongsa et al. 2024, section 4.1).
 
@@ -33,14 +33,15 @@ def with_momentum(
         kind: "heavy-ball", "nesterov" or None.
         beta: in (0, 1].
         predict, correct: a rule for `multistep.multistep_plan` that carries nothing over.
+        eta: of the rule's core; momentum needs 0.
 
     Returns:
         (predict, correct) with momentum.
 
     Raises:
-        UsageError: an unknown kind, or beta outside (0, 1].
+        UsageError: see `check_momentum`.
     """
-    check_momentum(kind, beta)
+    check_momentum(kind, beta, eta)
     if kind is None or beta == 1.0:
         return predict, correct
     carry = 1.0 - beta

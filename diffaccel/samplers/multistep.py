@@ -58,8 +58,7 @@ class Core:
     def __post_init__(self):
         if self.name not in QUANTITIES:
             raise unknown("core", str(self.name), QUANTITIES)
-        if not 0.0 <= self.eta < math.inf:
-            raise UsageError(f"eta must be at least 0 (0 deterministic, 1 ancestral); got {self.eta!r}.")
+        check_stochastic(self.eta)
         if self.name == "velocity" and self.eta:
             raise UsageError("The velocity core is for eta = 0; use the core noise or data.")
 
@@ -182,15 +181,16 @@ def multistep_plan(
     """
     grid, rows = core.grid, []
     quantities = [core.quantity(node) for node in range(grid.steps)]
+    spans = [core.span(step) for step in range(grid.steps)]
 
     def combined(weights: Sequence[float], newest: int) -> Form:
         return weighted(weights, [quantities[newest - lag] for lag in range(len(weights))])
 
-    before = slope = state = None  # the corrected state and the slope of the step before
+    before = slope = None  # the corrected state and the slope of the step before
     for i in range(grid.steps):
         here = Form.state(i)
         if i:
-            ratio, width, _ = core.span(i - 1)
+            ratio, width, _ = spans[i - 1]
             if not math.isfinite(ratio):  # α = 0: u is ε, which is the initial noise itself
                 mean = quantities[0]
             else:
@@ -201,7 +201,7 @@ def multistep_plan(
                 change = combined(redone.weights, i) - combined(slope.weights, i - 1)
                 here, mean = here + width * change, mean + change
         slope = predict(i)
-        ratio, width, noise = core.span(i)
+        ratio, width, noise = spans[i]
         if not math.isfinite(ratio):  # x' = σ'·ε + α'·x0 with ε = x/σ
             state = grid.sigma[i + 1] / grid.sigma[i] * here + grid.alpha[i + 1] * Form.output(i)
         else:
@@ -212,6 +212,18 @@ def multistep_plan(
         rows.append(Row(grid.times[i], grid.alpha[i], grid.sigma[i], core.stored(i), states, outputs, noise))
         before = here
     return Plan(tuple(rows), name=name)
+
+
+def check_stochastic(eta: float, corrector: bool = False) -> None:
+    """Refuse a negative or infinite eta, and a corrector of steps that add noise.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if not 0.0 <= eta < math.inf:
+        raise UsageError(f"eta must be at least 0 (0 deterministic, 1 ancestral); got {eta!r}.")
+    if corrector and eta:
+        raise UsageError("The corrector is for eta = 0: a step that added noise cannot be redone.")
 
 
 def stored_as(core: str, alpha: float) -> str:

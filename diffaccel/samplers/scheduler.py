@@ -20,10 +20,10 @@ from .adams import MAX_ORDER as MAX_ADAMS
 from .adams import ghvb_plan, ipndm_plan, split
 from .config import configured
 from .ddim import check_eta, ddim_plan
-from .deis import MAX_DEGREE, check_stochastic, deis_plan
+from .deis import MAX_DEGREE, deis_plan
 from .log_snr import SOLVER_TYPES, dpm_solver_plan, unipc_plan
 from .momentum import MOMENTA, check_momentum, ghvb_beta, heavy_ball_beta
-from .multistep import QUANTITIES, VARIABLES
+from .multistep import QUANTITIES, VARIABLES, check_stochastic
 from .plan import Plan
 from .runge_kutta import TABLEAUX, runge_kutta_plan
 from .shell import PlanScheduler

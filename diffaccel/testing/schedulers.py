@@ -9,10 +9,6 @@ from collections.abc import Callable
 import diffusers
 import torch
 
-from ..core.prediction import convert
-from ..core.schedule import from_diffusers
-from .teachers import GaussianMixtureTeacher
-
 STEP_COUNTS = (1, 2, 3, 5, 10, 50, 100, 999, 1000)
 _SHAPE = (2, 3, 4, 4)
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -46,23 +42,6 @@ def run(scheduler, x: torch.Tensor, steps: int = 6, generator=None, start: int =
     for t in scheduler.timesteps[start:]:
         model_input = scheduler.scale_model_input(x, t)
         x = scheduler.step(network(model_input, t), t, x, return_dict=False, **extra)[0]
-    return x
-
-
-def exact_run(scheduler, x: torch.Tensor) -> torch.Tensor:
-    """A prepared VP or flow scheduler driven by the exact posterior mean of a two-component mixture.
-
-    Args:
-        scheduler: after `set_timesteps`; its ``prediction_type`` decides what it is fed.
-        x: (B, 2) initial state, float64 for comparisons.
-    """
-    schedule = from_diffusers(scheduler)
-    teacher = GaussianMixtureTeacher([0.4, 0.6], [[-1, 0.5], [1, 0]], [[0.04, 0.09], [0.0625, 0.01]], schedule)
-    for t in scheduler.timesteps:
-        times = t.double().expand(len(x))
-        alpha, sigma = (value.unsqueeze(1).to(x) for value in schedule.level(times))
-        output = convert(teacher(x, times), x, "sample", scheduler.config.prediction_type, alpha, sigma)
-        x = scheduler.step(output, t, x, return_dict=False)[0]
     return x
 
 

@@ -3,6 +3,8 @@
 import torch
 
 from diffaccel.core.grids import Grid
+from diffaccel.core.prediction import convert
+from diffaccel.core.schedule import from_diffusers
 from diffaccel.testing import GaussianMixtureTeacher
 
 
@@ -16,3 +18,20 @@ def grid_of(schedule, times) -> Grid:
     times = torch.as_tensor(times, dtype=torch.float64)
     alpha, sigma = schedule.level(times)
     return Grid(schedule, tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))
+
+
+def exact_run(scheduler, x: torch.Tensor) -> torch.Tensor:
+    """A prepared VP or flow scheduler driven by the exact posterior mean of `two_modes`.
+
+    Args:
+        scheduler: after `set_timesteps`; its ``prediction_type`` decides what it is fed.
+        x: (B, 2) initial state, float64 for comparisons.
+    """
+    schedule = from_diffusers(scheduler)
+    teacher = two_modes(schedule)
+    for t in scheduler.timesteps:
+        times = t.double().expand(len(x))
+        alpha, sigma = (value.unsqueeze(1).to(x) for value in schedule.level(times))
+        output = convert(teacher(x, times), x, "sample", scheduler.config.prediction_type, alpha, sigma)
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    return x

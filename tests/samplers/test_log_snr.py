@@ -5,11 +5,11 @@ import warnings
 import diffusers
 import pytest
 import torch
+from analytic import exact_run
 
 from diffaccel.core.errors import UsageError
 from diffaccel.core.schedule import from_diffusers
 from diffaccel.samplers.scheduler import DPMSolverScheduler, UniPCScheduler
-from diffaccel.testing.schedulers import exact_run
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 

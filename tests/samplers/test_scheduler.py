@@ -3,7 +3,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from analytic import two_modes
+from analytic import exact_run, two_modes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffaccel.core.errors import UsageError
@@ -14,7 +14,7 @@ from diffaccel.samplers.registry import SAMPLERS, get_sampler
 from diffaccel.samplers.sample import sample
 from diffaccel.samplers.scheduler import DDIMScheduler, DEISScheduler, FlowAdamsScheduler
 from diffaccel.testing import check_scheduler
-from diffaccel.testing.schedulers import exact_run, network, run
+from diffaccel.testing.schedulers import network, run
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
