@@ -22,7 +22,7 @@ from diffaccel.distill.run import resolve_distillation
 from diffaccel.distillation import run_distillation
 from diffaccel.evaluate.classes import class_report
 from diffaccel.evaluate.features import get_features
-from diffaccel.evaluate.frechet import distance
+from diffaccel.evaluate.metrics.frechet import distance
 from diffaccel.evaluate.moments import Moments
 from diffaccel.generation import generate
 from diffaccel.models.data import load_digits

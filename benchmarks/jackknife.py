@@ -6,7 +6,7 @@ python benchmarks/jackknife.py     # about a minute on one core
 import torch
 
 from diffaccel.cli.output import table
-from diffaccel.evaluate.frechet import frechet_distance
+from diffaccel.evaluate.metrics.frechet import frechet_distance
 from diffaccel.evaluate.jackknife import GroupedMoments, estimate
 
 DIMENSIONS, REPETITIONS = 32, 200

@@ -5,7 +5,7 @@
 
 Class-conditional digits teacher, classifier-free guidance, 10 steps on the quadratic grid, 40 samples. The error is the
 root mean square distance to the guided trajectory of 1,000 steps from the same noise; the magnitude score counts pixels
-beyond 3 standard deviations of the real digits (`evaluate.magnitude`). β = 1 is the plain rule.
+beyond 3 standard deviations of the real digits (`evaluate.metrics.magnitude`). β = 1 is the plain rule.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from diffaccel.cli.output import table
 from diffaccel.core.grids import make_grid
 from diffaccel.core.images import to_unit_range
 from diffaccel.core.rng import KeyedRandom
-from diffaccel.evaluate.magnitude import magnitude_score
+from diffaccel.evaluate.metrics.magnitude import magnitude_score
 from diffaccel.models.data import load_digits
 from diffaccel.models.denoiser import Guided
 from diffaccel.models.teachers import load_denoiser

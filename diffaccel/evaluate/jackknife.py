@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.rng import KeyedRandom
-from .frechet import Gaussian, distance
+from .metrics.frechet import Gaussian, distance
 from .moments import Moments
 
 GROUPS = 10

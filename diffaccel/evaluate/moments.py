@@ -3,7 +3,7 @@
 import torch
 
 from ..core.errors import DataError, NumericalError
-from .frechet import Gaussian
+from .metrics.frechet import Gaussian
 
 
 class Moments:

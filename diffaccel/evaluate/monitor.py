@@ -4,7 +4,7 @@ import torch
 
 from .features import get_features
 from .fid import extract_moments
-from .frechet import distance
+from .metrics.frechet import distance
 from .moments import Moments
 from .sources import resolve
 

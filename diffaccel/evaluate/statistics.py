@@ -15,7 +15,7 @@ import torch
 
 from ..core.errors import DataError
 from ..core.files import write_atomic
-from .frechet import NEGATIVE_TOLERANCE, Gaussian
+from .metrics.frechet import NEGATIVE_TOLERANCE, Gaussian
 from .moments import Moments
 
 _SCHEMA = 1

@@ -32,7 +32,7 @@ def test_record_and_instance_agree(extractor):
 def test_identity_is_stable_and_complete(extractor):
     identity = extractor.identity()
     assert identity == get_features(extractor.name).identity()
-    assert set(identity) == {"name", "dim", "sha256", "preprocessing"} and len(identity["sha256"]) == 64
+    assert set(identity) == {"name", "dim", "sha256", "preprocessing", "dtype"} and len(identity["sha256"]) == 64
 
 
 def test_evaluation_mode_cannot_be_left(extractor):

@@ -6,7 +6,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffaccel.core.errors import DataError, NumericalError
-from diffaccel.evaluate.frechet import frechet_distance
+from diffaccel.evaluate.metrics.frechet import frechet_distance
 from diffaccel.evaluate.moments import Moments
 
 

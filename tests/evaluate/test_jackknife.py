@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffaccel.evaluate.frechet import Gaussian, distance
+from diffaccel.evaluate.metrics.frechet import Gaussian, distance
 from diffaccel.evaluate.jackknife import GroupedMoments, estimate, student_t_975
 
 D = 16

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffaccel.core.errors import DataError, UsageError
-from diffaccel.evaluate.magnitude import LATENT_MEAN, LATENT_STD, magnitude_score
+from diffaccel.evaluate.metrics.magnitude import LATENT_MEAN, LATENT_STD, magnitude_score
 
 
 def latents_of(normalised):

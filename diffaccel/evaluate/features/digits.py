@@ -17,6 +17,7 @@ class DigitsFeatures(FeatureExtractor):
     num_features = 64
     channels = 1
     image_size = (8, 8)
+    num_classes = 10
     preprocessing = "uint8 grey / 127.5 - 1, no resize"
 
     def __init__(self):
@@ -28,6 +29,10 @@ class DigitsFeatures(FeatureExtractor):
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier.features(to_unit_range(images))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Class scores (N, 10)."""
+        return self.classifier.head(features / self.classifier.feature_scale)
 
     def weights_sha256(self) -> str:
         """SHA-256 that the classifier states for its weight file."""

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from ..core.errors import DataError, NumericalError
+from ...core.errors import DataError, NumericalError
 
 NEGATIVE_TOLERANCE = 1e-6  # eigenvalues below −tolerance·trace are not rounding
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from ..core.errors import DataError, UsageError
+from ...core.errors import DataError, UsageError
 
 # Statistics of Stable Diffusion 1.x latents of COCO images, per channel, as in the authors' code.
 LATENT_MEAN = (0.1455953, -0.10772908, 0.023680864, 0.045954444)
