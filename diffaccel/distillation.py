@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from .core.images import to_uint8
+from .core.processes import is_main_process
 from .core.rng import KeyedRandom
 from .distill.run import build_method, resolve_distillation
-from .evaluate.fid import evaluate_fid
 from .evaluate.monitor import Monitor
-from .evaluate.report import FrechetReport
+from .evaluate.report import Report
+from .evaluate.run import evaluate_fid
 from .models.teachers import TEACHERS
-from .training.launch import is_main_process, launch, stored_settings
+from .training.launch import launch, stored_settings
 from .training.recipes import RunConfig
 from .training.rundir import check_output
 
@@ -80,7 +81,7 @@ def run_distillation(
     return launch(method, config, folder, resume, evaluator, progress=main and bar)
 
 
-def report_student(config: RunConfig, folder: Path) -> FrechetReport | None:
+def report_student(config: RunConfig, folder: Path) -> Report | None:
     """Measure final/ against the run's real images and write report.json; None where there are none."""
     source = reference(config)
     if not source:

@@ -29,6 +29,7 @@ def generate(
     batch_size: int = 256,
     classes: list[int] | None = None,
     device: str | None = None,
+    shard: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Generate images batch by batch.
@@ -45,6 +46,7 @@ def generate(
         batch_size: images per network call.
         classes: classes to draw in turn; default all.
         device: torch device; default CUDA where there is one, and for an opened pipeline where it is.
+        shard: (rank, world): yield only the batches of one process of several, every world-th from the rank-th on.
         progress: show a bar on stderr.
 
     Yields:
@@ -80,7 +82,8 @@ def generate(
         scheduler = chosen.build(scheduler.config, **{**told, **(sampler_options or {})})
     if nfe is not None:
         steps = _affordable_steps(scheduler, nfe, 2 if guided else 1)
-    return _batches(pipeline, scheduler, num, steps, seed, guidance_scale, batch_size, wanted, progress)
+    starts = range(0, num, batch_size)[shard[0] :: shard[1]]
+    return _batches(pipeline, scheduler, num, starts, steps, seed, guidance_scale, batch_size, wanted, progress)
 
 
 def _affordable_steps(scheduler, nfe: int, rows_per_call: int) -> int:
@@ -94,13 +97,13 @@ def _affordable_steps(scheduler, nfe: int, rows_per_call: int) -> int:
     return scheduler.steps_for(nfe // rows_per_call)
 
 
-def _batches(pipeline, scheduler, num, steps, seed, guidance_scale, batch_size, wanted, progress):
+def _batches(pipeline, scheduler, num, starts, steps, seed, guidance_scale, batch_size, wanted, progress):
     random, own = KeyedRandom(seed), pipeline.scheduler
     bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
     pipeline.scheduler = scheduler
     try:
         with bar:
-            for start in range(0, num, batch_size):
+            for start in starts:
                 count = min(batch_size, num - start)
                 noise = random.normal("sample", 0, start, count, pipeline.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()

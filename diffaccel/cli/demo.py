@@ -35,7 +35,7 @@ def demo(
     from ..distillation import run_distillation
 
     final = run_distillation(settings, run, resume, say=None if quiet else note)
-    from ..evaluate.comparison import HEADER, Contender, compare_digits, gain, save_overview
+    from ..evaluate.contenders import HEADER, Contender, compare_digits, gain, save_overview
     from ..evaluate.page import write_page
 
     if not quiet:

@@ -66,8 +66,8 @@ def distill(
     run_config = resolve_distillation(flags, config, settings)
     check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
+    from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation
-    from ..training.launch import is_main_process
 
     if dry_run:
         from ..distill.run import build_method

@@ -62,7 +62,25 @@ def _recipes():
 def _features():
     from ..evaluate.features import FEATURES
 
-    return [{"name": f.name, "what": f.summary} for f in FEATURES.values()]
+    return [{"name": f.name, "length": f.num_features, "what": f.summary, "paper": f.paper} for f in FEATURES.values()]
+
+
+def _metrics():
+    from ..evaluate.measure import METRICS
+
+    return [{"name": m.name, "what": m.summary, "paper": m.paper} for m in METRICS.values()]
+
+
+def _presets():
+    from ..evaluate.presets import PRESETS
+
+    return [{"name": p.name, "features": p.features, "filter": p.resize, "what": p.summary} for p in PRESETS.values()]
+
+
+def _filters():
+    from ..evaluate.features.resize import FILTERS
+
+    return [{"name": f.name, "what": f.summary} for f in FILTERS.values()]
 
 
 def _divergences():
@@ -78,7 +96,10 @@ _KINDS = {
     "divergences": _divergences,
     "teachers": _teachers,
     "recipes": _recipes,
+    "metrics": _metrics,
     "features": _features,
+    "filters": _filters,
+    "presets": _presets,
 }
 
 
@@ -86,7 +107,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(_KINDS)}.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ):
-    """List samplers, grids, methods, divergences, teachers, recipes or features.
+    """List what there is of a kind, with one line each.
 
     Example: `diffaccel list samplers`
     """

@@ -33,7 +33,8 @@ def train(
 
     - `diffaccel train --recipe digits-features --seed 1`
     """
-    from ..training.launch import is_main_process, launch, stored_settings
+    from ..core.processes import is_main_process
+    from ..training.launch import launch, stored_settings
     from ..training.recipes import complete, method_settings, read_recipe, resolve
     from ..training.registry import load_method
     from ..training.rundir import check_output, last_validation
@@ -61,7 +62,7 @@ def train(
     for key, value in last_validation(folder).items():
         typer.echo(f"{key}: {value:.4f}")
     if (final / "model_index.json").is_file():
-        from ..evaluate.fid import evaluate_fid
+        from ..evaluate.run import evaluate_fid
 
         report = evaluate_fid(final, "digits", num=1000, progress=not quiet)
         report.save(folder / "report.json")

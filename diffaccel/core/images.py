@@ -1,18 +1,27 @@
-"""Image files in and out: one written policy for everything that can be in a folder of pictures.
+"""Pictures as tensors and back: one written policy for everything that an image file can hold.
 
-Decode policy: 8-bit grey and RGB are kept; 16-bit grey is scaled, round(v·255/65535); of 16-bit colour PNGs Pillow
-keeps the upper byte; bilevel, palette, CMYK and YCbCr become RGB or grey; grey → RGB repeats the channel, RGB → grey is
-ITU-R 601 luma; transparency is composited on white, the page pictures are looked at on; EXIF orientation is applied.
-Refused with a reason: animated files, 32-bit integer and float pixels, damaged files, files that are not images.
+Kept: 8-bit grey and RGB. Converted:
+
+- 16-bit grey is scaled, round(v·255/65535); of 16-bit colour, or grey with transparency, Pillow keeps the upper byte.
+- Bilevel becomes grey; palette, CMYK and YCbCr become RGB. Colour profiles are ignored.
+- Grey → RGB repeats the channel, RGB → grey is ITU-R 601 luma.
+- Transparency is composited on white, the page that pictures are looked at on.
+- EXIF orientation is applied, so height and width are those that people see.
+- On request the picture is brought to one size, aspect ratio ignored, by Pillow's antialiased bicubic filter, which
+  rounds to 8 bits again; a picture of that size already is left as it is.
+
+Refused with a reason: empty, truncated and damaged files, files that are not images whatever their name says, animated
+ones and those of several pages, 32-bit integer and float pixels, colour spaces without a fixed conversion to RGB, and
+more than 89,478,485 pixels (Pillow's limit against decompression bombs), which are refused before memory is taken.
+Settings of Pillow that other code of the process changed (truncated files, the size limit) make no difference.
 """
 
 import io
-import os
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from hashlib import sha256
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,180 +31,162 @@ from .files import write_atomic
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # never EPS: Pillow would start Ghostscript
-_MAX_LISTED = 10
+_MAX_PIXELS = 89_478_485
+_ORIENTATION = 0x0112  # EXIF tag
+_GREY = ("1", "L", "LA", "La")
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+_OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 
 
 class UnusableImageError(DataError):
     """One file that the decode policy refuses; the text is the reason."""
 
 
-def find_images(folder) -> list[Path]:
-    """All image files below a folder: recursive, extensions in any case, hidden names skipped, sorted by relative path.
+@dataclass(frozen=True)
+class DecodedImage:
+    """One picture and what its file was like.
 
-    Symbolic links are followed, each real folder is entered once, so loops end.
-
-    Raises:
-        DataError: not a folder, or one that cannot be listed.
+    Attributes:
+        pixels: uint8 (C, H, W); a view, to be copied into its place in a batch.
+        format: Pillow's name, e.g. "PNG".
+        mode: Pillow's name of the stored pixels, e.g. "RGBA" or "I;16".
+        size: (height, width) as shown, after rotation and before resizing.
+        rotated: an EXIF orientation was applied.
     """
-    root, found, entered = Path(folder), [], set()
-    pending = [root]
-    while pending:
-        current = pending.pop()
-        try:
-            status = os.stat(current)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            # Sorted, so that of two links to one folder the same one wins on every machine.
-            entries = sorted(os.scandir(current), key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            raise DataError(f"Cannot list {current}: {error.strerror}.") from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                pending.append(Path(entry.path))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(Path(entry.path))
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+    pixels: np.ndarray
+    format: str
+    mode: str
+    size: tuple[int, int]
+    rotated: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The pixels as a tensor of their own, uint8 (C, H, W)."""
+        return torch.from_numpy(np.array(self.pixels, order="C"))
 
 
-def decode_image(data: bytes, channels: int | None = None) -> tuple[torch.Tensor, str]:
-    """Decode one image file under the policy above.
+def decode_image(data: bytes, channels: int | None = None, resize: tuple[int, int] | None = None) -> DecodedImage:
+    """Decode one image file under the policy above; Pillow and NumPy only, so it is safe in a forked process.
 
     Args:
         data: the bytes of the file.
         channels: 1 or 3; None keeps grey files at 1 and all others at 3.
-
-    Returns:
-        uint8 (C, H, W) and the format name, e.g. "PNG".
+        resize: (height, width) to bring the picture to, or None.
 
     Raises:
         UnusableImageError: with the reason.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise UnusableImageError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _strict_pillow():
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                kind = image.format or "unknown"
-                # MPO is how phones store a JPEG with a preview; its first frame is the photograph.
-                if getattr(image, "n_frames", 1) > 1 and kind != "MPO":
-                    raise UnusableImageError("the file is animated or has several pages")
-                image.load()
-                pixels = _to_array(ImageOps.exif_transpose(image), channels)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise UnusableImageError("the picture is too large (decompression bomb limit of Pillow)") from error
+                return _decode(image, channels, resize)
+        except Image.DecompressionBombError as error:
+            raise UnusableImageError(_TOO_LARGE) from error
         except UnidentifiedImageError as error:
             raise UnusableImageError("not an image file, whatever its name says") from error
-        except UnusableImageError:
+        except (UnusableImageError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
             raise UnusableImageError(f"damaged: {error}") from error
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous(), kind
 
 
-def _to_array(image, channels: int | None) -> np.ndarray:
+_TOO_LARGE = f"the picture has more than {_MAX_PIXELS:,} pixels (limit against decompression bombs): too large"
+
+
+def _decode(image, channels: int | None, resize: tuple[int, int] | None) -> DecodedImage:
+    kind, mode = image.format or "unknown", image.mode
+    if image.width * image.height > _MAX_PIXELS:
+        raise UnusableImageError(_TOO_LARGE)
+    # MPO is how phones store a JPEG with a preview; its first frame is the photograph.
+    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":
+        raise UnusableImageError("the file is animated or has several pages")
+    early = image.getexif().get(_ORIENTATION) if kind == "TIFF" else None  # Pillow turns TIFFs while it loads them
+    image.load()
+    method = _turns().get(image.getexif().get(_ORIENTATION))
+    turned = image if method is None else image.transpose(method)
+    converted = _convert(turned, mode, kind, channels)
+    rotated = method is not None or early in _turns()
+    return DecodedImage(_pixels(converted, resize), kind, mode, turned.size[::-1], rotated)
+
+
+def _convert(image, mode: str, kind: str, channels: int | None):
     from PIL import Image
 
-    mode = image.mode
-    if mode.startswith("I;16"):
+    grey = mode in _GREY
+    if mode.startswith("I;16") or (mode == "I" and kind == "PPM"):  # PGM of up to 16 bits; Pillow spreads its levels
         levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(levels * (255.0 / 65535.0)).astype(np.uint8))
+        image, grey = Image.fromarray(np.rint(levels * (255.0 / 65535.0)).astype(np.uint8)), True
     elif mode in ("I", "F"):
         raise UnusableImageError(f"pixels of mode {mode} (32 bits) have no agreed range; save as 8 or 16 bits")
-    elif mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    elif mode in _TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    grey = image.mode in ("1", "L") or mode in ("LA", "La")
+    elif mode not in _OPAQUE:
+        raise UnusableImageError(f"pixels of mode {mode} have no agreed conversion; save as RGB")
     target = {None: "L" if grey else "RGB", 1: "L", 3: "RGB"}[channels]
-    return np.asarray(image if image.mode == target else image.convert(target))
+    return image if image.mode == target else image.convert(target)
 
 
-class ImageFiles:
-    """Iterates over image files as uint8 (C, H, W), all of one size, and keeps account of what it read.
+def _pixels(image, size: tuple[int, int] | None) -> np.ndarray:
+    """A grey or RGB image of Pillow as a view (C, H, W), brought to a (height, width) if there is one."""
+    from PIL.Image import Resampling
 
-    Attributes (complete after one full iteration):
-        count: images that were yielded.
-        formats: files per format.
-        first: name of the first usable file.
-        digest: SHA-256 of the list of (relative name, content hash): the identity of the image set.
-        skipped: (name, reason) of every file left out; stays empty in strict mode, which raises instead.
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    Raises:
-        DataError: (strict) lists up to 10 offenders with reasons; (skip_bad) no usable file is left.
-    """
 
-    def __init__(self, paths: Iterable, channels: int | None = None, *, skip_bad: bool = False, root=None):
-        self.paths = [Path(path) for path in paths]
-        self.channels, self.skip_bad, self._root = channels, skip_bad, root
-        self._reset()
+@lru_cache(maxsize=1)
+def _turns() -> dict:
+    from PIL.Image import Transpose
 
-    def _reset(self) -> None:
-        self.count, self.formats, self.skipped = 0, Counter(), []
-        self._hash, self._shape, self.first = sha256(), None, None
+    order = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+    return {orientation: Transpose[name] for orientation, name in enumerate(order, start=2)}
 
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        self._reset()
-        for path in self.paths:
-            try:
-                image = self._read(path)
-            except UnusableImageError as error:
-                self.skipped.append((self._name(path), str(error)))
-                if not self.skip_bad and len(self.skipped) == _MAX_LISTED:
-                    break
-                continue
-            if self.skip_bad or not self.skipped:  # after the first offender a strict reader only looks for more
-                self.count += 1
-                yield image
-        if self.skipped and (not self.skip_bad or self.count == 0):
-            raise DataError(self._sentence())
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Silence Pillow, and shut the switch with which other code of the process lets truncated files pass."""
+    from PIL import ImageFile
 
-    def _read(self, path: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UnusableImageError(f"cannot be read ({error.strerror})") from error
-        image, kind = decode_image(data, self.channels)
-        if self._shape is None:
-            self._shape, self.first = tuple(image.shape), self._name(path)
-        elif tuple(image.shape) != self._shape:
-            got, expected = ("×".join(map(str, shape)) for shape in (tuple(image.shape), self._shape))
-            raise UnusableImageError(f"is {got} (channels×height×width) but {self.first} is {expected}")
-        self.formats[kind] += 1
-        self._hash.update(os.fsencode(self._name(path)) + b"\0" + sha256(data).digest())
-        return image
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix() if self._root is not None else str(path)
-
-    def _sentence(self) -> str:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:_MAX_LISTED])
-        if self.skip_bad:
-            return f"None of the {len(self.paths)} image files can be used: {listed}."
-        more = " (reading stopped there)" if len(self.skipped) == _MAX_LISTED else ""
-        return f"{len(self.skipped)} image file(s) cannot be used{more}: {listed}. To leave them out use --skip-bad."
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def read_images(paths: Iterable, channels: int | None = None, *, skip_bad: bool = False) -> torch.Tensor:
-    """Read image files of one size into uint8 (N, C, H, W); use `ImageFiles` to stream or to see what was skipped.
+def resize_image(image: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+    """Bring one uint8 image (C, H, W) with 1 or 3 channels to another size, exactly as `decode_image` does.
+
+    Args:
+        size: side of a square, or (height, width).
+    """
+    from PIL import Image
+
+    pixels = image.cpu()[0] if image.shape[0] == 1 else image.cpu().permute(1, 2, 0)
+    resized = _pixels(Image.fromarray(pixels.contiguous().numpy()), target_size(size))
+    return torch.from_numpy(np.array(resized, order="C"))
+
+
+def target_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a wanted size: the side of a square, or the pair itself.
 
     Raises:
-        DataError: no files, or files that the policy refuses (see `ImageFiles`).
+        UsageError: sides below 1, or more pixels than an image file may have.
     """
-    images = list(ImageFiles(paths, channels, skip_bad=skip_bad))
-    if not images:
-        raise DataError("There are no image files to read.")
-    return torch.stack(images)
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1 or height * width > _MAX_PIXELS:
+        raise UsageError(f"Images cannot be brought to {height}×{width} pixels; give sides of at least 1.")
+    return height, width
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:

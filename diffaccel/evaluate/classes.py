@@ -5,7 +5,9 @@ import torch
 from ..core.errors import DataError
 from ..core.images import to_unit_range
 from .features import get_features
-from .jackknife import GroupedMoments, estimate
+from .groups import assign_groups
+from .metrics.frechet import frechet_estimate
+from .moments import GroupedMoments
 
 _CHUNK = 512
 
@@ -66,8 +68,11 @@ def class_report(images: torch.Tensor, labels: torch.Tensor, reference: tuple[to
 def _class_distance(fake: torch.Tensor, real: torch.Tensor, extractor):
     if min(len(fake), len(real)) < 2:
         return None
-    sides = [GroupedMoments(extractor.num_features).update(extractor(side)) for side in (fake, real)]
-    return estimate(*sides)
+    moments = [
+        GroupedMoments(extractor.num_features).update(extractor(side), assign_groups(None, len(side)))
+        for side in (fake, real)
+    ]
+    return frechet_estimate(*moments)
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

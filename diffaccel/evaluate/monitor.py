@@ -2,8 +2,9 @@
 
 import torch
 
+from ..core.processes import Processes
+from .collect import MOMENTS, collect
 from .features import get_features
-from .fid import extract_moments
 from .metrics.frechet import distance
 from .moments import Moments
 from .sources import resolve
@@ -13,7 +14,7 @@ class Monitor:
     """Distance of batches of images to a fixed reference, plug-in value: compare equal numbers of images only.
 
     Args:
-        reference: any side of `fid.evaluate_fid` that holds images; read once.
+        reference: any side of `run.evaluate_images` that holds images; read once.
 
     Raises:
         DataError: unusable reference.
@@ -22,7 +23,9 @@ class Monitor:
     def __init__(self, reference):
         side = resolve(reference)
         self.extractor = get_features("digits64" if side.shape == (1, 8, 8) else "random-conv")
-        self._reference = extract_moments(side, self.extractor).total().gaussian()
+        alone = Processes("cpu", together=False)
+        found, *_ = collect(side, {self.extractor: {MOMENTS}}, alone, interval=False)
+        self._reference = found[self.extractor].moments.total().gaussian()
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, float]:

@@ -1,25 +1,14 @@
 """A report as one HTML file: no scripts, no outside assets, readable in any browser and in print."""
 
-import base64
 import html
 import json
 import math
 from pathlib import Path
 
-import torch
-
 from ..core.files import write_atomic
-from ..core.images import png_bytes, sheet
-from .comparison import HEADER, Row
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; }
-td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; } figcaption { font-weight: 600; }
-img { image-rendering: pixelated; max-width: 100%; } pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; }
-.small { color: #555; font-size: 13px; }
-"""
+from ..core.images import sheet
+from .contenders import HEADER, Row
+from .html import document, figure, record, table
 
 
 def write_page(
@@ -37,13 +26,13 @@ def write_page(
     """
     parts = [
         f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
-        _table(HEADER, [row.cells() for row in rows]),
+        table(HEADER, [row.cells() for row in rows]),
         "<p class='small'>NFE: network evaluations per image. FD-digits64: Fréchet distance to the real training digits "
         "in the features of the bundled classifier, lower is better; it is biased upwards by about 1/N, so compare equal "
         "N, or the jackknife-corrected column. Diversity: mean distance of two images of a class, in grey levels. "
         "Speed on this machine, in this run.</p>",
         "<h2>Samples</h2>",
-        *[_figure(row.label, row.samples) for row in rows],
+        *[figure(row.label, sheet(row.samples, scale=3)) for row in rows],
         "<h2>Class by class</h2>",
         _class_table(rows),
         f"<p class='small'>{html.escape(rows[0].classes['note'])}</p>",
@@ -52,16 +41,9 @@ def write_page(
         "<h2>What to try next</h2>",
         f"<pre>{html.escape(chr(10).join(next_commands))}</pre>",
         "<h2>Provenance</h2>",
-        f"<pre class='small'>{html.escape(json.dumps(facts, indent=2))}</pre>",
+        record(facts),
     ]
-    head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
-    write_atomic(path, f"{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
+    write_atomic(path, document(title, parts))
 
 
 def _class_table(rows: list[Row]) -> str:
@@ -73,15 +55,7 @@ def _class_table(rows: list[Row]) -> str:
             entry = row.classes["classes"][k]
             cells += [f"{100 * entry['accuracy']:.0f} %", f"{entry['fd']:.2f}"]
         lines.append(cells)
-    return _table(header, lines)
-
-
-def _figure(label: str, images: torch.Tensor) -> str:
-    data = base64.b64encode(png_bytes(sheet(images, scale=3))).decode()
-    caption = html.escape(label)
-    return (
-        f"<figure><figcaption>{caption}</figcaption><img alt='{caption}' src='data:image/png;base64,{data}'></figure>"
-    )
+    return table(header, lines)
 
 
 def _curve(metrics: Path) -> str:

@@ -1,24 +1,26 @@
-"""What can stand on either side of a comparison: image folders, statistics files, datasets, models, tensors."""
+"""What can stand on either side of a comparison: image files, statistics files, datasets, models, tensors."""
 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import repeat
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..core.errors import DataError, UsageError
-from ..core.images import EXTENSIONS, ImageFiles, find_images, read_images
+from ..core.errors import DataError
+from ..core.imagefiles import ImageBatch, ImageReader, check_records, open_container, summarise
+from ..core.images import EXTENSIONS, resize_image
 from ..models.data import load_digits
+from .captions import find_captions, load_captions
+from .statistics import Statistics, load_sample_batch, load_statistics
 
 DATASETS = {"digits": ("train", "heldout", "all")}
 DEFAULT_NUM = 2000
 LABELS_FILE = "dataset.json"
-
-Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and, where classes are known, labels
+_WORKERS_FROM = 1000  # files
 
 
 @dataclass(frozen=True)
@@ -30,48 +32,202 @@ class Generation:
     sampler: str | None = None
     seed: int = 0
     batch_size: int = 256
+    device: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Reading:
+    """How images are brought in: see `core.imagefiles.ImageReader`; workers None means one per spare CPU, up to 8."""
+
+    skip_bad: bool = False
+    resize: int | None = None
+    workers: int | None = None
+
+    def workers_for(self, count: int) -> int:
+        """Decoding processes for so many files; starting them costs more than decoding a few hundred."""
+        if self.workers is not None:
+            return self.workers
+        spare = len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1
+        return min(spare, 8) if count >= _WORKERS_FROM else 0
+
+
 class ImageSource:
-    """Images of one size as a stream.
+    """Images as a stream.
 
     Attributes:
-        kind: "folder", "dataset", "model" or "tensor".
+        kind: "folder", "zip", "dataset", "model" or "tensor".
         name: what the user typed, or what identifies it.
-        shape: (C, H, W) as stored.
-        details: JSON-able description; complete (count, digest) after one iteration over `batches`.
+        shape: (C, H, W) of the first image.
+        count: number of positions, usable or not.
+        labels: (count,) classes of a sample with fixed class proportions, None where unknown.
+        records: by position, what was read (JSON-able): complete for this process after one iteration.
     """
 
-    kind: str
-    name: str
-    shape: tuple[int, int, int]
-    details: dict = field(default_factory=dict)
+    def __init__(self, kind: str, name: str, shape: tuple[int, int, int], count: int, labels: torch.Tensor | None):
+        self.kind, self.name, self.shape, self.count, self.labels = kind, name, shape, count, labels
+        self.records: dict[int, dict] = {}
 
-    def batches(self, channels: int, batch_size: int) -> Iterator[Batch]:
-        """Yield uint8 (n, channels, H, W) in a fixed order, with labels (n,) or None.
+    def batches(self, channels: int, batch_size: int, mixed: bool = False, shard=(0, 1)) -> Iterator[ImageBatch]:
+        """Yield uint8 images in a fixed order.
+
+        Args:
+            channels: 1 or 3, what the extractor reads.
+            batch_size: images per batch; a model's batches have the size it was asked to draw in.
+            mixed: whether sizes may differ within the set.
+            shard: (rank, world); block b of the batches belongs to process b % world.
+        """
+        raise NotImplementedError
+
+    def check(self, records: dict[int, dict]) -> None:
+        """Refuse what was read, from the records of all processes.
 
         Raises:
             DataError: unusable files, or fewer than two images.
         """
-        count = 0
-        for images, labels in self._batches(channels, batch_size):
-            count += len(images)
-            yield images, labels
-        if count < 2:
-            raise DataError(
-                f"{self.name} has {count} usable image(s); a distance between sets needs at least 2 on a side."
-            )
+        usable = sum("reason" not in record for record in records.values())
+        if usable < 2:
+            raise DataError(f"{self.name} has {usable} usable image(s); a set needs at least 2.")
 
-    def _batches(self, channels: int, batch_size: int) -> Iterator[Batch]:
-        raise NotImplementedError
+    def describe(self, records: dict[int, dict]) -> dict:
+        """JSON-able description from the records of all processes."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for position in sorted(records):
+            digest.update(bytes.fromhex(records[position]["sha256"]))
+        classes = {} if self.labels is None else {"classes": len(self.labels.unique())}
+        return {**self._head(), "count": len(records), **classes, "digest": digest.hexdigest()}
+
+    def _head(self) -> dict:
+        return {"kind": self.kind, "name": self.name, "shape": list(self.shape)}
+
+    def captions(self, given) -> list[str]:
+        """One caption per position, from a file or a list, or from beside the images.
+
+        Raises:
+            DataError: there are none, or not one for every image.
+        """
+        if isinstance(given, (list, tuple)):
+            if len(given) != self.count:
+                raise DataError(f"{self.name} has {self.count} images but there are {len(given)} captions.")
+            return list(given)
+        if given is None:
+            raise DataError(f"{self.name} has no captions; give a file of them: --captions FILE.")
+        return load_captions(Path(given), [f"{i}" for i in range(self.count)])
+
+
+class FileSource(ImageSource):
+    """A folder or zip archive of image files, read with the policy of `core.images`."""
+
+    def __init__(self, path: Path, reading: Reading):
+        self._reading, self._files = reading, open_container(path)
+        names = self._files.names
+        kind = "folder" if path.is_dir() else "zip"
+        super().__init__(kind, str(path), self._first_shape(), len(names), _read_labels(self._files))
+
+    def _first_shape(self) -> tuple[int, int, int]:
+        reading = self._reading
+        return ImageReader(self._files, skip_bad=reading.skip_bad, mixed=True, resize=reading.resize).first_shape()
+
+    def batches(self, channels, batch_size, mixed=False, shard=(0, 1)):
+        reading = self._reading
+        reader = ImageReader(
+            self._files,
+            channels,
+            skip_bad=reading.skip_bad,
+            mixed=mixed,
+            resize=reading.resize,
+            workers=reading.workers_for(self.count),
+            shard=shard,
+            size=None if mixed else self.shape[1:],
+        )
+        self.records = reader.records
+        yield from reader.batches(batch_size)
+
+    def check(self, records):
+        check_records(records, self._reading.skip_bad, self.count)
+        super().check(records)
+
+    def describe(self, records):
+        resized = {"resized": self._reading.resize} if self._reading.resize else {}
+        return {**self._head(), **resized, **summarise(records)}
+
+    def captions(self, given):
+        if given is None:
+            return find_captions(self._files.names, self._files.side_file)
+        return super().captions(given) if isinstance(given, (list, tuple)) else load_captions(given, self._files.names)
+
+
+class TensorSource(ImageSource):
+    """Images in memory: a split of a bundled dataset, a sample batch, or tensors handed over in Python."""
+
+    def __init__(self, kind: str, name: str, images: torch.Tensor, labels=None, resize: int | None = None):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+            got = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise DataError(f"{name} must be uint8 (N, C, H, W) with N ≥ 1 and 1 or 3 channels, got {got}.")
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise DataError(f"{name}: {len(images)} images need as many labels, got shape {tuple(labels.shape)}.")
+        shape = (images.shape[1], resize, resize) if resize else tuple(images.shape[1:])
+        super().__init__(kind, name, shape, len(images), labels)
+        self._images, self._resize = images, resize
+
+    def batches(self, channels, batch_size, mixed=False, shard=(0, 1)):
+        for start in range(0, self.count, batch_size)[shard[0] :: shard[1]]:
+            yield self._batch(start, self._images[start : start + batch_size], channels)
+
+    def _batch(self, start: int, images: torch.Tensor, channels: int) -> ImageBatch:
+        images = images.cpu()
+        for position, image in enumerate(images, start):
+            self.records[position] = {"sha256": hashlib.sha256(image.contiguous().numpy()).hexdigest()}
+        if self._resize:
+            images = torch.stack([resize_image(image, self._resize) for image in images])
+        return ImageBatch(torch.arange(start, start + len(images)), with_channels(images, channels))
+
+
+class ModelSource(TensorSource):
+    """Images generated by a model; the noise is keyed by the sample index, so the batch size does not matter."""
+
+    def __init__(self, name: str, model: str, generation: Generation, resize: int | None = None):
+        from ..models.teachers import load_pipeline
+
+        self._pipeline, self._generation, self._resize = load_pipeline(model), generation, resize
+        self._generate((0, 1))  # refuses unsuitable settings before anything is drawn
+        classes, num = self._pipeline.num_classes, generation.num
+        labels = torch.arange(num) % classes if classes else None
+        shape = self._pipeline.sample_shape
+        shape = (shape[0], resize, resize) if resize else tuple(shape)
+        ImageSource.__init__(self, "model", name, shape, num, labels)
+
+    def _generate(self, shard):
+        from ..generation import generate
+
+        wanted = self._generation
+        return generate(
+            self._pipeline,
+            wanted.num,
+            steps=wanted.steps,
+            sampler=wanted.sampler,
+            seed=wanted.seed,
+            batch_size=wanted.batch_size,
+            device=wanted.device,
+            shard=shard,
+        )
+
+    def batches(self, channels, batch_size, mixed=False, shard=(0, 1)):
+        starts = range(0, self.count, self._generation.batch_size)[shard[0] :: shard[1]]
+        for start, (images, _) in zip(starts, self._generate(shard), strict=True):
+            yield self._batch(start, images, channels)
+
+    def describe(self, records):
+        wanted = self._generation
+        settings = {"steps": wanted.steps, "sampler": wanted.sampler, "seed": wanted.seed}
+        return {**super().describe(records), **settings}
 
 
 @dataclass
 class StatisticsSource:
-    """A statistics file; read by `statistics.load_statistics`."""
+    """A statistics file, with or without the features themselves."""
 
     path: Path
+    statistics: Statistics
     kind: str = "statistics"
 
     @property
@@ -79,160 +235,79 @@ class StatisticsSource:
         return str(self.path)
 
 
-class FolderSource(ImageSource):
-    """An image folder, read with the policy of `core.images`."""
-
-    def __init__(self, folder: Path, skip_bad: bool):
-        self._folder, self._skip_bad = folder, skip_bad
-        self._paths = find_images(folder)
-        if not self._paths:
-            raise DataError(f"{folder} contains no image files ({' '.join(EXTENSIONS)}).")
-        super().__init__("folder", str(folder), self._stored_shape())
-        self._labels = _read_labels(folder)
-
-    def _stored_shape(self) -> tuple[int, int, int]:
-        if not self._skip_bad:
-            try:
-                return tuple(read_images(self._paths[:1]).shape[1:])
-            except DataError:  # let the strict reader name all offenders, not only the first
-                list(ImageFiles(self._paths, root=self._folder))
-        return tuple(next(iter(ImageFiles(self._paths, skip_bad=True, root=self._folder))).shape)
-
-    def _batches(self, channels, batch_size):
-        files = ImageFiles(self._paths, channels, skip_bad=self._skip_bad, root=self._folder)
-        names = (path.relative_to(self._folder).as_posix() for path in self._paths)
-        labels = torch.tensor([self._labels.get(name, -1) for name in names])
-        known = len(labels) > 0 and bool((labels >= 0).all()) and not self._skip_bad
-        start = 0
-        for images in _stacked(files, batch_size):
-            yield images, labels[start : start + len(images)] if known else None
-            start += len(images)
-        self.details = {
-            "count": files.count,
-            "digest": files.digest,
-            "first": files.first,
-            "formats": dict(sorted(files.formats.items())),
-            "skipped": [{"name": name, "reason": reason} for name, reason in files.skipped],
-        }
-
-
-class TensorSource(ImageSource):
-    """Images in memory: a split of a bundled dataset, or tensors handed over in Python."""
-
-    def __init__(self, kind: str, name: str, images: torch.Tensor, labels: torch.Tensor | None = None):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-            got = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise DataError(f"{name} must be uint8 (N, C, H, W) with N ≥ 1 and 1 or 3 channels, got {got}.")
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise DataError(f"{name}: {len(images)} images need as many labels, got shape {tuple(labels.shape)}.")
-        super().__init__(kind, name, tuple(images.shape[1:]))
-        self._images, self._labels = images, labels
-
-    def _batches(self, channels, batch_size):
-        parts = self._images.split(batch_size)
-        labels = repeat(None) if self._labels is None else self._labels.split(batch_size)
-        yield from self._digested(zip(parts, labels, strict=False), channels)
-
-    def _digested(self, batches: Iterable[Batch], channels: int, **details) -> Iterator[Batch]:
-        """Pass batches on in the wanted number of channels, keeping count, classes and digest of the pixels."""
-        digest, count, classes = hashlib.sha256(repr(self.shape).encode()), 0, set()
-        for images, labels in batches:
-            digest.update(images.cpu().contiguous().numpy().tobytes())
-            count += len(images)
-            classes.update([] if labels is None else labels.tolist())
-            yield _with_channels(images, channels), labels
-        self.details = {"count": count, "classes": len(classes), "digest": digest.hexdigest(), **details}
-
-
-class ModelSource(TensorSource):
-    """Images generated by a model; the noise is keyed by the sample index, so the batch size does not matter."""
-
-    def __init__(self, name: str, model: str, generation: Generation):
-        from ..models.teachers import load_pipeline
-
-        if generation.num < 1 or generation.batch_size < 1:
-            raise UsageError("The number of images and the batch size must be at least 1.")
-        self._pipeline, self._generation = load_pipeline(model), generation
-        super().__init__("model", name, *next(self._generate(1)))
-
-    def _generate(self, num: int) -> Iterator[Batch]:
-        from ..generation import generate
-
-        wanted = self._generation
-        settings = {
-            "steps": wanted.steps,
-            "sampler": wanted.sampler,
-            "seed": wanted.seed,
-            "batch_size": wanted.batch_size,
-        }
-        yield from generate(self._pipeline, num, **settings)
-
-    def _batches(self, channels, batch_size):
-        wanted = self._generation
-        settings = {"seed": wanted.seed, "steps": wanted.steps, "sampler": wanted.sampler}
-        yield from self._digested(self._generate(wanted.num), channels, **settings)
-
-
-def resolve(side, generation: Generation | None = None, skip_bad: bool = False) -> ImageSource | StatisticsSource:
+def resolve(
+    side, generation: Generation | None = None, reading: Reading | None = None
+) -> ImageSource | StatisticsSource:
     """Find out what a side is.
 
     Args:
-        side: uint8 tensor (N, C, H, W), or a pair of it and labels (N,); or a string or path: an image folder; an
-            ``.npz`` statistics file; a dataset (``digits``, ``digits:heldout``); a folder with model_index.json; a
-            teacher name, where ``model:digits`` means the teacher and a bare ``digits`` the dataset. Existing paths
-            come first.
+        side: uint8 tensor (N, C, H, W), or a pair of it and labels (N,); or a string or path: an image folder; a zip
+            archive of images; an ``.npz`` or ``.safetensors`` statistics file; ``images:FILE.npz`` for the images of a
+            sample batch (arr_0); a dataset (``digits``, ``digits:heldout``); a folder with model_index.json; a teacher
+            name, where ``model:digits`` means the teacher and a bare ``digits`` the dataset. Existing paths come first.
         generation: number of images, sampler, steps and seed for models.
-        skip_bad: leave unusable files of a folder out and list them, instead of refusing the folder.
+        reading: what to do with unusable files, resizing, worker processes.
 
     Raises:
         DataError: nothing of that name, an empty folder, unusable images.
     """
-    generation = generation or Generation()
+    generation, reading = generation or Generation(), reading or Reading()
     if isinstance(side, torch.Tensor):
-        return TensorSource("tensor", "the tensor", side)
+        return TensorSource("tensor", "the tensor", side, resize=reading.resize)
     if isinstance(side, tuple):
-        return TensorSource("tensor", "the tensor", *side)
+        return TensorSource("tensor", "the tensor", *side, resize=reading.resize)
     text = str(side)
     dataset, _, split = text.partition(":")
     if dataset in DATASETS and not Path(text).exists():
-        return _dataset(text, dataset, split)
+        return _dataset(text, dataset, split, reading)
+    if text.startswith("images:"):
+        return TensorSource("sample batch", text, load_sample_batch(text[len("images:") :]), resize=reading.resize)
     if text.startswith("model:"):
-        return ModelSource(text, text.removeprefix("model:"), generation)
+        return ModelSource(text, text.removeprefix("model:"), generation, reading.resize)
     path = Path(text).expanduser()
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            return ModelSource(text, str(path), generation)
-        return FolderSource(path, skip_bad)
+            return ModelSource(text, str(path), generation, reading.resize)
+        return FileSource(path, reading)
     if path.is_file():
-        return _file(path)
+        return _file(path, reading)
     if text in _teachers():
-        return ModelSource(text, text, generation)
+        return ModelSource(text, text, generation, reading.resize)
     raise DataError(_not_found(text))
 
 
-def _read_labels(folder: Path) -> dict[str, int]:
-    """Classes by file name from dataset.json, in the form of EDM and StyleGAN: {"labels": [["000000.png", 3], …]}."""
-    file = folder / LABELS_FILE
-    if not file.is_file():
-        return {}
+def _read_labels(files) -> torch.Tensor | None:
+    """Classes from dataset.json, in the form of EDM and StyleGAN: {"labels": [["000000.png", 3], …]}."""
+    data = files.side_file(LABELS_FILE)
+    if data is None:
+        return None
     try:
-        return {str(name): int(label) for name, label in json.loads(file.read_text())["labels"] or []}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not a list of labels: {error}.") from None
+        labels = {str(name): int(label) for name, label in json.loads(data)["labels"] or []}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{LABELS_FILE} of {files.label} is not a list of labels: {error}.") from None
+    known = torch.tensor([labels.get(name, -1) for name in files.names])
+    return known if bool((known >= 0).all()) else None
 
 
-def _dataset(text: str, dataset: str, split: str) -> TensorSource:
+def _dataset(text: str, dataset: str, split: str, reading: Reading) -> TensorSource:
     if (split or "train") not in DATASETS[dataset]:
         raise DataError(f"Dataset {dataset} has no split {split!r}; it has {', '.join(DATASETS[dataset])}.")
-    return TensorSource("dataset", text if split else f"{text}:train", *load_digits(split or "train"))
+    images, labels = load_digits(split or "train")
+    return TensorSource("dataset", text if split else f"{text}:train", images, labels, reading.resize)
 
 
-def _file(path: Path) -> StatisticsSource:
-    if path.suffix.lower() == ".npz":
-        return StatisticsSource(path)
-    if path.suffix.lower() in EXTENSIONS:
+def _file(path: Path, reading: Reading) -> FileSource | StatisticsSource:
+    suffix = path.suffix.lower()
+    if suffix in (".npz", ".safetensors"):
+        return StatisticsSource(path, load_statistics(path))
+    if suffix == ".zip":
+        return FileSource(path, reading)
+    if suffix in EXTENSIONS:
         raise DataError(f"{path} is a single image; a distance between sets needs a folder of at least 2.")
-    raise DataError(f"{path} is neither a folder of images nor an .npz statistics file (other formats are not opened).")
+    raise DataError(
+        f"{path} is neither a folder or zip archive of images nor an .npz or .safetensors statistics file "
+        "(other formats are not opened)."
+    )
 
 
 def _teachers() -> list[str]:
@@ -248,22 +323,16 @@ def _not_found(text: str) -> str:
     beside = [str(entry) for entry in parent.iterdir() if not entry.name.startswith(".")] if parent.is_dir() else []
     close = difflib.get_close_matches(text, [*names, *beside], n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{text} does not exist: no folder, .npz file, dataset or model.{hint} Names: {', '.join(names)}."
+    return f"{text} does not exist: no folder, archive, statistics file, dataset or model.{hint} Names: {', '.join(names)}."
 
 
-def _stacked(images: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
-    batch: list[torch.Tensor] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)
+def with_channels(images, channels: int):
+    """uint8 (N, C, H, W), or a list of (C, H, W), in 1 or 3 channels.
 
-
-def _with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Grey → RGB by repetition, RGB → grey by the same ITU-R 601 weights and rounding as Pillow."""
+    Grey → RGB by repetition, RGB → grey by the same ITU-R 601 weights and rounding as Pillow.
+    """
+    if not isinstance(images, torch.Tensor):
+        return [with_channels(image[None], channels)[0] for image in images]
     if images.shape[1] == channels:
         return images
     if channels == 3:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..core.errors import DataError, unknown
-from ..core.images import find_images, read_images, to_unit_range
+from ..core.imagefiles import find_images, read_images
+from ..core.images import to_unit_range
 from .shipped import ASSETS, check_shipped
 
 SPLITS = ("train", "heldout", "all")

@@ -1,6 +1,5 @@
 """One run from settings to final/."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,8 +57,3 @@ def launch(
             trainer.restore()
         trainer.fit()
     return output / "final"
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and prints: the only one, or rank 0 under torchrun or accelerate launch."""
-    return int(os.environ.get("RANK", "0")) == 0

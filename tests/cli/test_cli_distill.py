@@ -28,7 +28,7 @@ def test_run_record_and_metrics(tiny_run):
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "student/loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation/FD-digits64" in line] == [0, 6]
-    assert json.loads((tiny_run / "report.json").read_text())["metric"] == "FD-digits64"
+    assert json.loads((tiny_run / "report.json").read_text())["results"][0]["metric"] == "FD-digits64"
 
 
 def test_config_of_a_run_repeats_it(run, tiny_run):

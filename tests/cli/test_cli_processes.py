@@ -1,5 +1,6 @@
-"""Two processes under torchrun give the student of one."""
+"""Several processes under torchrun give what one gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,20 +8,43 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SETTINGS = ["--steps", "3", "--set", "trainer.batch_size=8", "--set", "method.critic_warmup=0", "--device", "cpu", "-q",
             "--set", "trainer.optimizers.student.lr=1e-4"]  # fmt: skip
+
+
+def _torchrun(processes: int, command: list) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    return subprocess.run([*launcher, *command], check=True, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_evaluation_is_shared(tmp_path, processes):
+    from diffaccel.core.images import save_png
+    from diffaccel.evaluate.run import evaluate_images
+    from diffaccel.models.data import load_digits
+
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(load_digits("train")[0][:700]):  # three blocks
+        save_png(image, tmp_path / "images" / f"{index:04d}.png")
+    (tmp_path / "images" / "0300.png").write_bytes(b"")
+    metrics = ("fid", "kid", "prdc", "is")
+    alone = evaluate_images(tmp_path / "images", "digits", metrics, skip_bad=True, fd_infinity=True)
+    command = ["-m", "diffaccel", "evaluate", "all", tmp_path / "images", "digits", "--metrics", ",".join(metrics)]
+    done = _torchrun(processes, [*command, "--skip-bad", "--fd-infinity", "--device", "cpu", "--json"])
+    together = json.loads(done.stdout)
+    assert together["fake"] == alone.fake and together["environment"]["processes"] == processes
+    for mine, theirs in zip(alone.results, together["results"], strict=True):
+        assert theirs["value"] == pytest.approx(mine.value, rel=1e-8, abs=1e-10), mine.metric
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dmd", "f-distill"])
 def test_two_processes_equal_one(tmp_path, method):
     command = ["-m", "diffaccel", "distill", "--teacher", "digits", "--method", method, *SETTINGS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command, "-o", tmp_path / "one"], check=True, env=environment)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    done = subprocess.run(
-        [*launcher, *command, "-o", tmp_path / "two"], check=True, env=environment, capture_output=True, text=True
-    )
+    subprocess.run([sys.executable, *command, "-o", tmp_path / "one"], check=True, env=ENVIRONMENT)
+    done = _torchrun(2, [*command, "-o", tmp_path / "two"])
     assert done.stdout.count("Finished") == 1
     one, two = (
         load_file(tmp_path / name / "final/unet/diffusion_pytorch_model.safetensors") for name in ("one", "two")

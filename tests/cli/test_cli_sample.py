@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from diffaccel.core.images import read_images
+from diffaccel.core.imagefiles import read_images
 
 
 def images(folder) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from diffaccel.core.errors import DataError
 from diffaccel.core.images import save_png
-from diffaccel.evaluate.fid import evaluate_fid
-from diffaccel.evaluate.sources import Generation, StatisticsSource, resolve
+from diffaccel.evaluate.run import evaluate_fid
+from diffaccel.evaluate.sources import Generation, Reading, StatisticsSource, resolve
 from diffaccel.models.data import load_digits
 
 
@@ -20,7 +21,11 @@ def _write(folder, images):
 
 
 def _images(source, channels=1, batch_size=100):
-    return torch.cat([images for images, _ in source.batches(channels, batch_size)])
+    batches = list(source.batches(channels, batch_size))
+    source.check(source.records)
+    usable = [position for position, record in sorted(source.records.items()) if "reason" not in record]
+    assert torch.cat([batch.index for batch in batches]).tolist() == usable
+    return torch.cat([batch.images for batch in batches])
 
 
 def test_folder_and_tensor_deliver_the_same_images(tmp_path):
@@ -29,7 +34,8 @@ def test_folder_and_tensor_deliver_the_same_images(tmp_path):
     assert (folder.kind, folder.shape) == ("folder", (1, 8, 8))
     for batch_size in (1, 7, 100):
         assert torch.equal(_images(folder, 1, batch_size), images)
-    assert folder.details["count"] == 25 and folder.details["formats"] == {"PNG": 25}
+    details = folder.describe(folder.records)
+    assert details["count"] == 25 and details["formats"] == {"PNG": 25}
     as_rgb = _images(resolve(images), 3, 10)
     assert torch.equal(_images(folder, 3, 10), as_rgb)
 
@@ -46,10 +52,9 @@ def test_grey_from_rgb_tensors_is_what_a_file_would_give(tmp_path):
 def test_dataset_names(name, split):
     source = resolve(name)
     assert source.kind == "dataset"
-    images, labels = zip(*source.batches(1, 99), strict=True)
-    assert torch.equal(torch.cat(images), load_digits(split)[0])
-    assert torch.equal(torch.cat(labels), load_digits(split)[1])
-    assert source.details["classes"] == 10
+    assert torch.equal(_images(source), load_digits(split)[0])
+    assert torch.equal(source.labels, load_digits(split)[1])
+    assert source.describe(source.records)["classes"] == 10
 
 
 def test_digest_depends_on_pixels_only():
@@ -58,24 +63,36 @@ def test_digest_depends_on_pixels_only():
     for tensor, batch_size in ((images, 7), (images.clone(), 100), (images.flip(0), 100)):
         source = resolve(tensor)
         list(source.batches(3, batch_size))
-        digests.append(source.details["digest"])
+        digests.append(source.describe(source.records)["digest"])
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_statistics_files_are_recognised(tmp_path):
-    (tmp_path / "ref.NPZ").write_bytes(b"")
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "ref.npz").rename(tmp_path / "ref.NPZ")
     assert isinstance(resolve(tmp_path / "ref.NPZ"), StatisticsSource)
+
+
+def test_sample_batches_can_be_used_as_images(tmp_path):
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    with pytest.raises(DataError, match="write images:"):
+        resolve(tmp_path / "samples.npz")
+    assert torch.equal(_images(resolve(f"images:{tmp_path / 'samples.npz'}"), 3), images)
+    np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((2, 8, 8, 3)))
+    with pytest.raises(DataError, match="uint8"):
+        resolve(f"images:{tmp_path / 'wrong.npz'}")
 
 
 def _single_image(folder):
     _write(folder / "one", load_digits()[0][:1])
-    return list(resolve(folder / "one").batches(1, 10))
+    return _images(resolve(folder / "one"))
 
 
 def _mixed_sizes(folder):
     _write(folder / "mixed", load_digits()[0][:2])
     save_png(torch.zeros(1, 9, 9, dtype=torch.uint8), folder / "mixed" / "z.png")
-    return list(resolve(folder / "mixed").batches(1, 10))
+    return _images(resolve(folder / "mixed"))
 
 
 def _all_bad(folder):
@@ -121,9 +138,9 @@ def test_faults_end_in_one_sentence(tmp_path, sentence):
 def test_skip_bad_lists_what_it_left_out(tmp_path):
     folder = _write(tmp_path / "a", load_digits()[0][:3])
     (folder / "0000.png").write_bytes(b"")
-    source = resolve(folder, skip_bad=True)
+    source = resolve(folder, reading=Reading(skip_bad=True))
     assert len(_images(source)) == 2
-    assert source.details["skipped"] == [{"name": "0000.png", "reason": "the file is empty"}]
+    assert source.describe(source.records)["skipped"] == [{"name": "0000.png", "reason": "the file is empty"}]
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +165,20 @@ def test_a_model_side_generates_the_same_images_for_any_batch_size(model_folder)
         source = resolve(model_folder, Generation(num=8, steps=2, seed=5, batch_size=batch_size))
         assert (source.kind, source.shape) == ("model", (1, 8, 8))
         generated.append(_images(source).int())
-        assert source.details["count"] == 8 and source.details["seed"] == 5
+        details = source.describe(source.records)
+        assert details["count"] == 8 and details["seed"] == 5
     # The network itself may round differently in another batch size: at most one grey level.
     assert int((generated[0] - generated[1]).abs().max()) <= 1
     assert len(generated[0].flatten(1).unique(dim=0)) == 8
+
+
+def test_shards_together_are_the_whole(model_folder):
+    whole = _images(resolve(model_folder, Generation(num=10, steps=2, batch_size=3)))
+    parts = {}
+    for rank in range(3):
+        source = resolve(model_folder, Generation(num=10, steps=2, batch_size=3))
+        parts |= {int(b.index[0]): b.images for b in source.batches(1, 3, shard=(rank, 3))}
+    assert torch.equal(torch.cat([parts[start] for start in sorted(parts)]), whole)
 
 
 def test_a_model_prefix_means_the_teacher_even_where_a_dataset_has_the_name():

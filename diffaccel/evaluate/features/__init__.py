@@ -43,28 +43,55 @@ FEATURES = {
             "Naeem et al. 2020",
             f"{_HERE}.random_conv:RandomConvFeatures",
         ),
+        FeatureRecord(
+            "inception",
+            2048,
+            "the network of published FIDs; needs its weight file",
+            "Heusel et al. 2017",
+            f"{_HERE}.inception:InceptionFeatures",
+            ("weights", "resize", "verify"),
+        ),
+        FeatureRecord(
+            "dinov2",
+            1024,
+            "DINOv2 ViT-L/14, closer to people's judgement; needs its weights",
+            "Oquab et al. 2023; Stein et al. 2023",
+            f"{_HERE}.vision:DinoV2Features",
+            ("weights", "download"),
+        ),
+        FeatureRecord(
+            "clip",
+            768,
+            "CLIP ViT-L/14@336, for CMMD and the CLIP score; needs its weights",
+            "Radford et al. 2021; Jayasumana et al. 2024",
+            f"{_HERE}.clip:ClipFeatures",
+            ("weights", "download", "crop"),
+        ),
     )
 }
 
 
 def get_features(name: str, **options) -> FeatureExtractor:
-    """Build the extractor with a registered name.
+    """Build the extractor with a registered name, or one of a user's own class.
 
     Args:
-        name: registered name.
+        name: registered name, or "module:pkg.mod:Class" (see `custom.custom_features`).
         options: for extractors that are not bundled: ``weights`` (file, folder or hub name), ``resize`` (a filter of
             `resize.FILTERS`), ``download`` (whether weights may be fetched), ``verify`` (whether the hash of the
-            weights must be a published one). None means not given.
+            weights must be a published one), ``crop`` (whether CLIP sees the central square or the squeezed image);
+            for a user's class those of its constructor. None means not given.
 
     Raises:
-        UsageError: the name is not registered, or it does not take an option.
+        UsageError: the name is not registered, it does not take an option, or the class cannot be used.
         DataError: damaged weights, or others than the published ones.
         MissingWeightsError: its weights are not on this machine.
     """
-    if name not in FEATURES:
-        raise unknown("feature extractor", name, FEATURES)
-    record = FEATURES[name]
     given = {key: value for key, value in options.items() if value is not None}
+    if name.startswith("module:"):
+        return load_object(f"{_HERE}.custom:custom_features")(name, **given)
+    if name not in FEATURES:
+        raise unknown("feature extractor", name, (*FEATURES, "module:pkg.mod:Class"))
+    record = FEATURES[name]
     superfluous = [key for key in given if key not in record.options]
     if superfluous:
         taken = f"it takes {', '.join(record.options)}" if record.options else "it takes none"

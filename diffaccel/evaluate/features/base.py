@@ -23,6 +23,7 @@ class FeatureExtractor(nn.Module):
         channels: C that the extractor expects.
         image_size: (H, W) that it is limited to, or None.
         resizes: it brings images of any size to its own input size, so sizes may differ within a set.
+        input_size: height and width it brings them to, None where it does not resize.
         num_classes: length of `logits`, None for an extractor without classes.
         preprocessing: recipe from uint8 pixels to network input, part of the identity.
     """
@@ -32,6 +33,7 @@ class FeatureExtractor(nn.Module):
     channels: int
     image_size: tuple[int, int] | None = None
     resizes: bool = False
+    input_size: int | None = None
     num_classes: int | None = None
     preprocessing: str
     _dtype = "float32"

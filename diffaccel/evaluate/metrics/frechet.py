@@ -1,43 +1,84 @@
 """Fréchet distance between normal distributions (Dowson & Landau 1982; FID: Heusel et al. 2017)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from ...core.errors import DataError, NumericalError
+from ...core.errors import DataError, NumericalError, UsageError
+from ...core.rng import KeyedRandom
+from ..groups import assign_groups, stratified_order
+from ..jackknife import Estimate, combine, enough, ratios
+from .checks import checked
+
+if TYPE_CHECKING:
+    from ..moments import GroupedMoments
 
 NEGATIVE_TOLERANCE = 1e-6  # eigenvalues below −tolerance·trace are not rounding
+_LOST = 1e-13  # share of the trace that rounding may take
+_BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean (d,) and covariance (d, d), float64."""
+    """Mean (d,) and covariance (d, d), float64, and a bound on the covariance's rank (N−1 for N samples) if known."""
 
     mu: torch.Tensor
     sigma: torch.Tensor
+    rank: int | None = None
 
     @cached_property
-    def root(self) -> torch.Tensor:
-        """Symmetric square root of the covariance; computed once, it serves every distance to this distribution."""
-        values, vectors = torch.linalg.eigh(self.sigma)
-        return (vectors * _clamped_sqrt(values, "covariance")) @ vectors.T
+    def cholesky(self) -> tuple[torch.Tensor | None, int]:
+        """Cholesky factor of the covariance, or None if it is singular; and a guess of its rank."""
+        d = len(self.mu)
+        if self.rank is not None and self.rank < d:
+            return None, self.rank
+        factor, failed = torch.linalg.cholesky_ex(self.sigma)
+        return (None, int(failed) - 1) if int(failed) else (factor, d)
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """F (d, r) with F·Fᵀ = Σ; computed once, it serves every distance to this distribution.
+
+        The lower triangular Cholesky factor, or for a singular Σ its scaled eigenvectors to eigenvalues that are not
+        rounding; r ≤ d is then the numerical rank.
+
+        Raises:
+            NumericalError: an eigenvalue below −1e-6·trace.
+        """
+        factor, rank = self.cholesky
+        if factor is not None:
+            return factor
+        # Σ·Ω with random Ω (d, r) spans the range of a Σ of rank r: an eigenproblem of size r remains.
+        d, trace = len(self.mu), self.sigma.trace()
+        probe = KeyedRandom(0).normal("range of a covariance", 0, 0, d, (rank,)).to(self.sigma)
+        basis = torch.linalg.qr(self.sigma @ probe).Q
+        values, vectors = torch.linalg.eigh(basis.T @ self.sigma @ basis)
+        if bool((values.sum() - trace).abs() > _LOST * trace.abs()):  # the guess was too low
+            basis, (values, vectors) = None, torch.linalg.eigh(self.sigma)
+        roots = _clamped_sqrt(values, "covariance")
+        kept = values > values.max() * d * torch.finfo(values.dtype).eps if len(values) else values > 0
+        scaled = vectors[:, kept] * roots[kept]
+        return scaled if basis is None else basis @ scaled
 
 
 def distance(fixed: Gaussian, other: Gaussian) -> float:
-    """‖μ₁−μ₂‖² + Tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½), symmetric in its arguments; the square root of ``fixed`` is reused.
+    """‖μ₁−μ₂‖² + Tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½), symmetric in its arguments; the factor of ``fixed`` is reused.
 
-    Tr (Σ₁Σ₂)^½ is the sum of the square roots of the eigenvalues of the symmetric Σ₁^½·Σ₂·Σ₁^½: no complex numbers, no
-    ε on the diagonal, and rank-deficient covariances (N ≤ d) need no special case.
+    Tr (Σ₁Σ₂)^½ is the sum of the square roots of the eigenvalues of the symmetric Fᵀ·Σ₂·F with Σ₁ = F·Fᵀ: no complex
+    numbers and no ε on the diagonal. Of N ≤ d samples the N−1 largest count: the others are 0 but for rounding.
 
     Raises:
         NumericalError: a covariance with an eigenvalue below −1e-6·trace.
     """
-    product = fixed.root @ other.sigma @ fixed.root
-    values = torch.linalg.eigvalsh((product + product.T) / 2)
-    cross = _clamped_sqrt(values, "covariance product").sum()
+    values = torch.linalg.eigvalsh(_congruence(fixed.factor, other.sigma))
+    roots = _clamped_sqrt(values, "covariance product")
+    cross = roots if other.rank is None else roots[max(len(roots) - other.rank, 0) :]
     mean_term = (fixed.mu - other.mu).square().sum()
-    return max(float(mean_term + fixed.sigma.trace() + other.sigma.trace() - 2.0 * cross), 0.0)
+    return max(float(mean_term + fixed.sigma.trace() + other.sigma.trace() - 2.0 * cross.sum()), 0.0)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -56,10 +97,117 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
         raise DataError(f"frechet_distance needs (d,), (d, d), (d,), (d, d); got {shapes}.")
     if not all(bool(torch.isfinite(part).all()) for part in (mu1, sigma1, mu2, sigma2)):
         raise NumericalError("A mean or covariance contains NaN or infinite values.")
-    return distance(Gaussian(mu1, sigma1), Gaussian(mu2, sigma2))
+    first, second = Gaussian(mu1, sigma1), Gaussian(mu2, sigma2)
+    # A singular covariance has the narrower factor: less work, and no square roots of rounding errors.
+    return distance(*sorted((first, second), key=lambda side: side.cholesky[1]))
+
+
+def frechet_estimate(
+    fake: GroupedMoments | Gaussian, real: GroupedMoments | Gaussian, interval: bool = True
+) -> Estimate:
+    """Distance between two sides with its uncertainty; a `Gaussian` side (statistics file) counts as exact.
+
+    No interval is given when both sides are exact, or a sampled side has too few samples (see `jackknife.enough`).
+
+    Args:
+        interval: compute the distances with one group deleted, 10 more per sampled side.
+
+    Raises:
+        DataError: a side with fewer than 2 samples, or sides with features of different lengths.
+        NumericalError: see `distance`.
+    """
+    whole_fake, whole_real = (side if isinstance(side, Gaussian) else side.total().gaussian() for side in (fake, real))
+    if len(whole_fake.mu) != len(whole_real.mu):
+        raise DataError(
+            f"The fake features have length {len(whole_fake.mu)}, the real ones {len(whole_real.mu)}; use one extractor."
+        )
+    narrow, wide = sorted((whole_real, whole_fake), key=lambda side: min(side.rank or len(side.mu), len(side.mu)))
+    value = distance(narrow, wide)
+    sampled = [(s, o) for s, o in ((fake, whole_real), (real, whole_fake)) if not isinstance(s, Gaussian)]
+    if not interval or not all(enough(side.counts) for side, _ in sampled):
+        return Estimate(value)
+    return combine(value, [(_deleted(side, other), ratios(side.counts)) for side, other in sampled])
+
+
+def _deleted(side: GroupedMoments, other: Gaussian) -> list[float]:
+    return [distance(other, side.without(index).gaussian()) for index in range(side.groups)]
+
+
+def fd_infinity(
+    fake_features: torch.Tensor,
+    real: Gaussian,
+    points: int = 15,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+    interval: bool = True,
+) -> Estimate:
+    """Distance extrapolated to infinitely many fake images (Chong & Forsyth 2020, section 3).
+
+    Distances of `points` random subsets without replacement, of sizes evenly spaced from max(N/10, min(5000, N/2)) to
+    N, against 1/size: the intercept of the least-squares line. The line holds where the smallest subset is well above
+    d. The interval is the delete-group jackknife of the whole fit, the subsets fixed; it leaves out the error of the
+    real side's moments and the choice of subsets.
+
+    Args:
+        fake_features: (N, d), N ≥ 20.
+        real: the other side, which counts as exact; its own bias stays in the value.
+        points: subsets, at least 3.
+        seed: of the subsets.
+        labels: (N,) classes whose proportions were fixed, see `assign_groups`.
+        interval: fit 10 more lines, each without one group.
+
+    Raises:
+        UsageError: fewer than 3 points.
+        DataError: fewer than 20 fake images, or features or labels that do not fit.
+        NumericalError: non-finite features.
+    """
+    from ..moments import GroupedMoments  # which needs Gaussian
+
+    if points < 3:
+        raise UsageError(f"A line needs at least 3 points to be judged, got {points}.")
+    features = checked(fake_features, least=20, what="fake features")
+    count, d = features.shape
+    if d != len(real.mu):
+        raise DataError(f"The fake features have length {d}, the real ones {len(real.mu)}; use one extractor.")
+    groups = assign_groups(labels, count)
+    smallest = max(count // 10, min(5000, count // 2))
+    sizes: list[list[int]] = []
+    values: list[list[float]] = []
+    for step, size in enumerate(torch.linspace(smallest, count, points).round().long().tolist()):
+        chosen = stratified_order(labels, count, KeyedRandom(seed), "FD infinity", step)[:size]
+        part = GroupedMoments(d).update(features[chosen.to(features.device)], groups[chosen])
+        sizes.append([size] + [size - left_out for left_out in part.counts])
+        values.append([distance(real, part.total().gaussian())] + (_deleted(part, real) if interval else []))
+    lines = zip(zip(*sizes, strict=True), zip(*values, strict=True), strict=False)  # of all, then without each group
+    value, *deleted = [_intercept(*line) for line in lines]
+    if not interval:
+        return Estimate(value)
+    note = " of the fit; the real side counts as exact"
+    return combine(value, [(deleted, ratios(groups.bincount().tolist()))], unbiased=True, note=note)
+
+
+def _intercept(sizes: tuple[int, ...], values: tuple[float, ...]) -> float:
+    x, y = 1.0 / torch.tensor(sizes, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return float(y.mean() - slope * x.mean())
+
+
+def _congruence(factor: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Fᵀ·Σ·F; of a square, lower triangular F only the lower half, with 5/12 of the multiplications for large d."""
+    d, r = factor.shape
+    if r < d or d <= _BLOCK:
+        return factor.T @ sigma @ factor
+    half, result = torch.empty_like(sigma), torch.zeros_like(sigma)
+    for start in range(0, d, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        half[:, block] = sigma[:, start:] @ factor[start:, block]
+    for start in range(0, d, _BLOCK):
+        end = start + _BLOCK
+        result[start:end, :end] = factor[start:, start:end].T @ half[start:, :end]
+    return result
 
 
 def _clamped_sqrt(values: torch.Tensor, what: str) -> torch.Tensor:
-    if float(values.min()) < -NEGATIVE_TOLERANCE * float(values.abs().sum()):
+    if values.numel() and float(values.min()) < -NEGATIVE_TOLERANCE * float(values.abs().sum()):
         raise NumericalError(f"The {what} has the eigenvalue {float(values.min()):.3g}: not positive semidefinite.")
     return values.clamp_min(0.0).sqrt()

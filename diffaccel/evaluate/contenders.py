@@ -11,8 +11,8 @@ from ..generation import generate
 from ..models.data import load_digits
 from ..models.teachers import load_pipeline
 from .classes import class_report
-from .fid import evaluate_fid
-from .report import FrechetReport
+from .report import Report
+from .run import evaluate_fid
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Row:
 
     label: str
     nfe: int
-    report: FrechetReport
+    report: Report
     classes: dict
     images_per_second: float | None
     samples: torch.Tensor = field(repr=False)
@@ -49,7 +49,7 @@ class Row:
         """JSON-able content, without the samples."""
         speed = self.images_per_second and round(self.images_per_second, 1)
         facts = {"label": self.label, "nfe": self.nfe, "images_per_second": speed}
-        return {**facts, "fd": self.report.to_dict(), "classes": self.classes}
+        return {**facts, "fd": self.report.results[0].to_dict(), "classes": self.classes}
 
     def cells(self) -> list[str]:
         """Cells of the table for people, under `HEADER`."""
