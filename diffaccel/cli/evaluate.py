@@ -116,11 +116,15 @@ def _settings(given: dict) -> dict:
 
 
 def _measure(fake: str, real: str | None, metrics: list[str], given: dict) -> None:
+    from ..core.files import check_target
     from ..core.processes import is_main_process
+
+    as_json, output, html = (given.pop(name) for name in _OUT)
+    for path in filter(None, (output, html)):
+        check_target(path)
     from ..evaluate.report_page import write_report_page
     from ..evaluate.run import evaluate_images
 
-    as_json, output, html = (given.pop(name) for name in _OUT)
     report = evaluate_images(fake, real, metrics, progress=sys.stderr.isatty(), together=True, **_settings(given))
     if not is_main_process():
         return
@@ -272,10 +276,13 @@ _command(
 
 
 def _stats(given: dict) -> None:
+    from ..core.files import check_target
     from ..core.processes import is_main_process
-    from ..evaluate.run import write_statistics
 
     source, output, as_json = given.pop("source"), given.pop("output"), given.pop("as_json")
+    check_target(output)
+    from ..evaluate.run import write_statistics
+
     moments = write_statistics(source, output, progress=sys.stderr.isatty(), together=True, **_settings(given))
     if not is_main_process():
         return

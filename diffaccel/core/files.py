@@ -35,7 +35,7 @@ def write_atomic(path, data: bytes | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     if path.is_dir():
         raise UsageError(f"Cannot write {path}: it is a folder; give a file name.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         file = open(temporary, "wb")  # noqa: SIM115  an error here is the user's path, an error below is the disk
     except OSError as error:
@@ -53,6 +53,23 @@ def write_atomic(path, data: bytes | str) -> None:
             raise DiffaccelError(f"Cannot write {path}: {error.strerror}; {len(data)} bytes, {free} free.") from error
         raise
     _fsync(path.parent)
+
+
+def check_target(path) -> None:
+    """Refuse a file that could not be written at the end of long work, before the work; nothing is left behind.
+
+    Raises:
+        UsageError: the folder is missing or read-only, the name too long, or ``path`` is a folder.
+    """
+    path = Path(path)
+    probe = _temporary(path)
+    try:
+        if path.is_dir():
+            raise UsageError(f"Cannot write {path}: it is a folder; give a file name.")
+        open(probe, "wb").close()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def inside(folder, name: str) -> Path:
@@ -151,6 +168,10 @@ def _seal(folder: Path) -> None:
         if path.is_file() and name != MANIFEST:
             files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     write_atomic(folder / MANIFEST, json.dumps({"schema": _SCHEMA, "files": files}, indent=1) + "\n")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _fsync(path: Path) -> None:

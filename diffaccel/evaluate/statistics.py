@@ -137,8 +137,9 @@ def check_features(path, statistics: Statistics, identity: dict) -> None:
         DataError: naming both.
     """
     if statistics.num_features != identity["dim"]:
-        got, expected = statistics.num_features, identity["dim"]
-        raise DataError(f"{path} holds {got}-dimensional features, but {identity['name']} has {expected}.")
+        got = f"{statistics.num_features}-dimensional features"
+        made = f" of {statistics.features.get('name')}" if statistics.features else ""
+        raise DataError(f"{path} holds {got}{made}, but {identity['name']} has {identity['dim']}.")
     recorded = statistics.features
     if recorded is None:
         return

@@ -197,14 +197,14 @@ def _congruence(factor: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     d, r = factor.shape
     if r < d or d <= _BLOCK:
         return factor.T @ sigma @ factor
-    half, result = torch.empty_like(sigma), torch.zeros_like(sigma)
+    half, result = torch.empty_like(sigma), torch.zeros_like(sigma)  # Fᵀ·Σ, and the upper half of what is wanted
     for start in range(0, d, _BLOCK):
         block = slice(start, start + _BLOCK)
-        half[:, block] = sigma[:, start:] @ factor[start:, block]
+        torch.mm(factor[start:, block].T, sigma[start:], out=half[block])
     for start in range(0, d, _BLOCK):
-        end = start + _BLOCK
-        result[start:end, :end] = factor[start:, start:end].T @ half[start:, :end]
-    return result
+        end = min(start + _BLOCK, d)
+        torch.mm(half[:end, start:], factor[start:, start:end], out=result[:end, start:end])
+    return result.T  # LAPACK's order of elements
 
 
 def _clamped_sqrt(values: torch.Tensor, what: str) -> torch.Tensor:
