@@ -1,6 +1,6 @@
 """Time of a Fréchet distance against torchmetrics' `_compute_fid`, measured alternately, and what the interval costs.
 
-    python benchmarks/frechet.py     # about three minutes on one core
+    python benchmarks/frechet.py     # about three minutes on one core; OMP_NUM_THREADS sets the cores
     python benchmarks/frechet.py 64 512
 
 The ratio is the median over rounds of (their time)/(our time) for the same moments, nothing reused between rounds.
@@ -40,7 +40,6 @@ def features(count: int, d: int, generator: torch.Generator, tilt: float) -> tor
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     generator, rows = torch.Generator().manual_seed(0), []
     for d in [int(argument) for argument in sys.argv[1:]] or ROUNDS:
         for count in (d // 2, 3 * d):
@@ -74,6 +73,7 @@ def main() -> None:
                 ]
             )
     heads = ["d", "N", "distance", "frechet_distance", "_compute_fid", "faster", "faster (matrices)", "difference"]
+    print(f"{torch.get_num_threads()} thread(s)")
     print(table([*heads, "both sides' moments", "with interval"], rows))
 
 

@@ -62,10 +62,10 @@ def check_target(path) -> None:
         UsageError: the folder is missing or read-only, the name too long, or ``path`` is a folder.
     """
     path = Path(path)
-    probe = _temporary(path)
     try:
         if path.is_dir():
             raise UsageError(f"Cannot write {path}: it is a folder; give a file name.")
+        probe = _temporary(path)
         open(probe, "wb").close()
         probe.unlink()
     except OSError as error:

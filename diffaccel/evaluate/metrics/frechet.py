@@ -60,7 +60,7 @@ class Gaussian:
         if bool((values.sum() - trace).abs() > _LOST * trace.abs()):  # the guess was too low
             basis, (values, vectors) = None, torch.linalg.eigh(self.sigma)
         roots = _clamped_sqrt(values, "covariance")
-        kept = values > values.max() * d * torch.finfo(values.dtype).eps if len(values) else values > 0
+        kept = _above_rounding(values)
         scaled = vectors[:, kept] * roots[kept]
         return scaled if basis is None else basis @ scaled
 
@@ -76,6 +76,9 @@ def distance(fixed: Gaussian, other: Gaussian) -> float:
     """
     values = torch.linalg.eigvalsh(_congruence(fixed.factor, other.sigma))
     roots = _clamped_sqrt(values, "covariance product")
+    suspicious = other.rank is None and not bool(_above_rounding(values).all())
+    if suspicious and fixed.cholesky[0] is not None and other.cholesky[0] is None:
+        return distance(other, fixed)  # whose narrower factor spares square roots of rounding errors
     cross = roots if other.rank is None else roots[max(len(roots) - other.rank, 0) :]
     mean_term = (fixed.mu - other.mu).square().sum()
     return max(float(mean_term + fixed.sigma.trace() + other.sigma.trace() - 2.0 * cross.sum()), 0.0)
@@ -97,9 +100,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
         raise DataError(f"frechet_distance needs (d,), (d, d), (d,), (d, d); got {shapes}.")
     if not all(bool(torch.isfinite(part).all()) for part in (mu1, sigma1, mu2, sigma2)):
         raise NumericalError("A mean or covariance contains NaN or infinite values.")
-    first, second = Gaussian(mu1, sigma1), Gaussian(mu2, sigma2)
-    # A singular covariance has the narrower factor: less work, and no square roots of rounding errors.
-    return distance(*sorted((first, second), key=lambda side: side.cholesky[1]))
+    return distance(Gaussian(mu1, sigma1), Gaussian(mu2, sigma2))
 
 
 def frechet_estimate(
@@ -205,6 +206,11 @@ def _congruence(factor: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         end = min(start + _BLOCK, d)
         torch.mm(half[:end, start:], factor[start:, start:end], out=result[:end, start:end])
     return result.T  # LAPACK's order of elements
+
+
+def _above_rounding(values: torch.Tensor) -> torch.Tensor:
+    """Which of the ascending eigenvalues (n,) are more than rounding errors of a zero."""
+    return values > values[-1:] * len(values) * torch.finfo(values.dtype).eps
 
 
 def _clamped_sqrt(values: torch.Tensor, what: str) -> torch.Tensor:
