@@ -66,7 +66,7 @@ class _Space:
         if not bool(torch.isfinite(features).all()):
             raise NumericalError(f"{self.extractor.name} gives NaN or infinite features.")
         if self.moments is not None:
-            self.moments.update(features, groups[index] % len(self.moments.parts))
+            self.moments.update(features, groups[index] % self.moments.groups)
         if self.scores is not None:
             self.scores.update(self.extractor.logits(features), splits[index])
         if self.vectors is not None:

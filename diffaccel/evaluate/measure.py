@@ -58,7 +58,8 @@ def _fid(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
     yield _read("FD", frechet_estimate(fake.moments, real.moments, interval=settings.interval), fake, real)
     if settings.fd_infinity:
         whole = real.moments if isinstance(real.moments, Gaussian) else real.moments.total().gaussian()
-        yield _read("FD∞", fd_infinity(_vectors(fake), whole, seed=settings.seed, labels=fake.labels), fake, real)
+        limit = fd_infinity(_vectors(fake), whole, seed=settings.seed, labels=fake.labels, interval=settings.interval)
+        yield _read("FD∞", limit, fake, real)
 
 
 def _kid(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:

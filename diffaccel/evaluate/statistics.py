@@ -104,8 +104,8 @@ def load_statistics(path) -> Statistics:
     sigma = arrays.get("sigma", arrays.get("s2"))
     if mu is None or sigma is None:
         raise DataError(f"{path} has no mu and sigma; it holds {', '.join(sorted(arrays)) or 'nothing that is known'}.")
-    gaussian = _checked(path, mu, sigma)
     header, count = _parse_header(path, arrays.get("header")), _parse_count(path, arrays.get("n"))
+    gaussian = _checked(path, mu, sigma, count)
     vectors = _parse_vectors(path, arrays.get("vectors"), count, mu.size)
     labels = arrays.get("labels")
     if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
@@ -186,7 +186,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return arrays if header is None else arrays | {"header": np.array(header)}
 
 
-def _checked(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Gaussian:
+def _checked(path: Path, mu: np.ndarray, sigma: np.ndarray, count: int | None) -> Gaussian:
     if mu.ndim != 1 or mu.size == 0 or sigma.shape != (mu.size, mu.size):
         raise DataError(f"{path}: mu must be (d,) and sigma (d, d), got {mu.shape} and {sigma.shape}.")
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
@@ -201,7 +201,8 @@ def _checked(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Gaussian:
     smallest = float(torch.linalg.eigvalsh(torch.from_numpy(sigma))[0])
     if smallest < -NEGATIVE_TOLERANCE * np.trace(sigma):
         raise DataError(f"{path}: sigma is not a covariance, its smallest eigenvalue is {smallest:.3g}.")
-    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
+    rank = None if count is None else min(count - 1, mu.size)
+    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma), rank)
 
 
 def _parse_header(path: Path, header: np.ndarray | None) -> dict:

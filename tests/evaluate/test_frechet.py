@@ -54,6 +54,21 @@ def test_samples_have_a_closed_form_in_singular_values(d, below):
     assert frechet_distance(b.mu, b.sigma, a.mu, a.sigma) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("d", [8, 300])
+def test_constant_and_repeated_features_change_nothing(d):
+    """Covariances that are singular although N > d, with their zeros where a Cholesky factorisation meets them first."""
+    sides = [_normal(0, 2 * d, d), 1.3 * _normal(1, 2 * d, d) + 0.2]
+    plain, dead, double = (
+        frechet_distance(*(part for x in map(change, sides) for part in (x.mean(0), torch.cov(x.T))))
+        for change in (
+            lambda x: x,
+            lambda x: torch.cat([torch.full((2 * d, 3), 0.7, dtype=torch.float64), x], dim=1),
+            lambda x: torch.cat([x, x], dim=1).reshape(2 * d, 2, d).transpose(1, 2).reshape(2 * d, 2 * d),
+        )
+    )
+    assert dead == pytest.approx(plain, rel=1e-8) and double == pytest.approx(2 * plain, rel=1e-8)
+
+
 @pytest.mark.parametrize(("d", "n"), [(7, 4), (33, 200), (513, 40), (513, 600)])
 def test_factors(d, n):
     gaussian = Moments(d).update(_normal(0, n, d)).gaussian()

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...core.errors import DataError, UsageError
 
+_CACHED_PIXELS = 2**15  # per call on a CPU: beyond, activations leave its caches and every layer waits for memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -93,7 +94,13 @@ class FeatureExtractor(nn.Module):
         if len(images) == 0:
             return torch.zeros(0, self.num_features, device=images.device)
         with torch.autocast(images.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
-            return self.extract(images).float()
+            return torch.cat([self.extract(part).float() for part in images.split(self._part(images))])
+
+    def _part(self, images: torch.Tensor) -> int:
+        """Images per call of `extract`; extractors that resize choose for themselves."""
+        if images.device.type != "cpu" or self.resizes:
+            return len(images)
+        return max(1, _CACHED_PIXELS // (images.shape[2] * images.shape[3]))
 
     @property
     def device(self) -> torch.device:

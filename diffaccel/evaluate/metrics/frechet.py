@@ -122,8 +122,7 @@ def frechet_estimate(
         raise DataError(
             f"The fake features have length {len(whole_fake.mu)}, the real ones {len(whole_real.mu)}; use one extractor."
         )
-    narrow, wide = sorted((whole_real, whole_fake), key=lambda side: min(side.rank or len(side.mu), len(side.mu)))
-    value = distance(narrow, wide)
+    value = distance(whole_real, whole_fake)
     sampled = [(s, o) for s, o in ((fake, whole_real), (real, whole_fake)) if not isinstance(s, Gaussian)]
     if not interval or not all(enough(side.counts) for side, _ in sampled):
         return Estimate(value)
