@@ -64,6 +64,8 @@ def main() -> None:
             _fail("Interrupted.", stop.code)
         raise
     except DiffaccelError as error:
+        if error.told_elsewhere:
+            sys.exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted.", 130)

@@ -116,12 +116,15 @@ def _settings(given: dict) -> dict:
 
 
 def _measure(fake: str, real: str | None, metrics: list[str], given: dict) -> None:
+    from ..core.errors import UsageError
     from ..core.files import check_target
     from ..core.processes import is_main_process
 
     as_json, output, html = (given.pop(name) for name in _OUT)
     for path in filter(None, (output, html)):
         check_target(path)
+    if output and output == html:
+        raise UsageError("--output and --html name the same file.")
     from ..evaluate.report_page import write_report_page
     from ..evaluate.run import evaluate_images
 
@@ -342,6 +345,10 @@ def verify(
     features: Annotated[
         str | None, typer.Option(help="Class that the report used (module:…), if its code may run.")
     ] = None,
+    unverified_weights: Annotated[
+        bool, typer.Option("--unverified-weights", help="Accept that it used other than published weights.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Allow weights to be fetched from the hub.")] = False,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Relative difference of numbers that counts as equal.")
     ] = 1e-6,
@@ -354,7 +361,8 @@ def verify(
     from ..evaluate.report import load_report
     from ..evaluate.verify import verify_report
 
-    result = verify_report(load_report(report), fake=fake, real=real, features=features, tolerance=tolerance)
+    allowed = {"features": features, "unverified": unverified_weights, "download": download}
+    result = verify_report(load_report(report), fake=fake, real=real, tolerance=tolerance, **allowed)
     typer.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else str(result))
     if not result.matches:
         note(f"{report} could not be reproduced.")

@@ -9,9 +9,15 @@ from collections.abc import Iterable
 
 
 class DiffaccelError(Exception):
-    """Base of every error that a user can cause or repair; its text says what to do next."""
+    """Base of every error that a user can cause or repair; its text says what to do next.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+        told_elsewhere: another process of the job says the same, so this one need not.
+    """
 
     exit_code = 1
+    told_elsewhere = False
 
 
 class UsageError(DiffaccelError, ValueError):
@@ -44,6 +50,12 @@ class InterruptedRun(DiffaccelError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def error_of(exit_code: int, text: str) -> DiffaccelError:
+    """The error with an exit code, for one that happened in another process."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, MissingWeightsError, NumericalError)}
+    return kinds.get(exit_code, DiffaccelError)(text)
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:

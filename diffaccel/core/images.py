@@ -152,16 +152,17 @@ def _turns() -> dict:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Silence Pillow, and shut the switch with which other code of the process lets truncated files pass."""
-    from PIL import ImageFile
+    """Silence Pillow, and undo the switches with which other code of the process changes what it lets pass."""
+    from PIL import Image, ImageFile
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, _MAX_PIXELS
         try:
             yield
         finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
 
 def resize_image(image: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:

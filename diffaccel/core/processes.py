@@ -4,15 +4,22 @@ Only tensors and JSON travel, never pickles.
 """
 
 import json
+import math
 import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-import numpy as np
 import torch
+
+from .errors import UsageError, error_of
+
+Result = TypeVar("Result")
 
 
 def rank_and_world() -> tuple[int, int]:
     """(number of this process, number of processes); (0, 1) outside torchrun and accelerate launch."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), world) if world > 1 else (0, 1)
 
 
 def is_main_process() -> bool:
@@ -30,49 +37,83 @@ class Processes:
     Attributes:
         rank, world: number of this process and of all.
         device: what this process computes on.
+
+    Raises:
+        UsageError: a device that is not there.
     """
 
     def __init__(self, device: str = "auto", together: bool = True):
         self.rank, self.world = rank_and_world() if together else (0, 1)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = _device(device)
         if self.world > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=self.device.type == "cpu")  # starts torch.distributed where it was not
             self.device = state.device
 
-    def gather_tensors(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """What every process passed, in order of rank, on the CPU; equal names and types, lengths may differ."""
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """Call ``work`` on every process and return its result; if it fails on one, all of them raise that error."""
+        try:
+            result, trouble = work(), None
+        except Exception as error:
+            if self.world == 1:
+                raise
+            result, trouble = None, error
+        if self.world > 1:
+            mine = trouble and [getattr(trouble, "exit_code", 1), str(trouble) or type(trouble).__name__]
+            found = self.gather_json(mine)
+            failed = [rank for rank, other in enumerate(found) if other]
+            if failed:
+                error = trouble or error_of(*found[failed[0]])
+                error.told_elsewhere = self.rank != failed[0]
+                raise error
+        return result
+
+    def each(self, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """What every process passed, in order of rank, on the CPU, one at a time; names and types must be equal."""
         if self.world == 1:
-            return [tensors]
+            yield tensors
+            return
+        import torch.distributed
+
         shapes = self.gather_json({name: list(tensor.shape) for name, tensor in tensors.items()})
-        found = [{} for _ in range(self.world)]
-        for name, tensor in tensors.items():
-            for rank, flat in enumerate(self._gather_flat(tensor.reshape(-1))):
-                found[rank][name] = flat[: int(np.prod(shapes[rank][name]))].reshape(shapes[rank][name])
-        return found
+        for rank, theirs in enumerate(shapes):
+            found = {}
+            for name, tensor in tensors.items():
+                shared = (
+                    tensor.to(self.device) if rank == self.rank else tensor.new_empty(theirs[name], device=self.device)
+                )
+                if math.prod(theirs[name]):
+                    torch.distributed.broadcast(shared.contiguous() if rank == self.rank else shared, rank)
+                found[name] = tensor if rank == self.rank else shared.cpu()
+            yield found
 
     def gather_json(self, content) -> list:
         """What every process passed, in order of rank."""
         if self.world == 1:
             return [content]
         data = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-        lengths = [int(part) for part in self._gather_equal(torch.tensor([len(data)]))]
-        parts = self._gather_flat(data)
-        return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, lengths, strict=True)]
+        lengths = [int(part) for part in self._gather(torch.tensor([len(data)]))]
+        padded = data.new_zeros(max(lengths))
+        padded[: len(data)] = data
+        return [json.loads(bytes(part[:n].numpy())) for part, n in zip(self._gather(padded), lengths, strict=True)]
 
-    def _gather_flat(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        longest = int(max(self._gather_equal(torch.tensor([flat.numel()]))))
-        padded = flat.new_zeros(longest)
-        padded[: flat.numel()] = flat
-        return self._gather_equal(padded)
-
-    def _gather_equal(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         import torch.distributed
 
         tensor = tensor.to(self.device)
         found = [torch.empty_like(tensor) for _ in range(self.world)]
         torch.distributed.all_gather(found, tensor)
         return [part.cpu() for part in found]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, …
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"The device {name!r} cannot be used here: {reason}") from None
+    return device

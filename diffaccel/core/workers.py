@@ -6,6 +6,7 @@ killed. On Linux workers are forked (milliseconds instead of an import of torch 
 torch: its thread pool does not survive a fork, and the first parallel operation in a worker could wait for ever.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 Result = tuple[dict, np.ndarray]
+
+
+_OUT_OF_MEMORY = 77  # exit code of a worker
 
 
 class WorkerDiedError(Exception):
@@ -83,6 +87,7 @@ def _receive(item, pipe, process) -> Result:
         process.join()
         code = process.exitcode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = "out of memory" if code == _OUT_OF_MEMORY else how
         raise WorkerDiedError(item, f"worker process {pid} died ({how})") from error
     return header["result"], pixels
 
@@ -92,12 +97,15 @@ def _work(function, items, pipe, inherited) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the program that was forked
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    gc.disable()  # what was inherited, CUDA tensors among it, is not this process's to free
     for end in inherited:
         end.close()
     try:
         for item in items:
             try:
                 result, pixels = function(item)
+            except MemoryError:
+                os._exit(_OUT_OF_MEMORY)
             except Exception:
                 pipe.send_bytes(json.dumps({"error": traceback.format_exc()}).encode())
                 return

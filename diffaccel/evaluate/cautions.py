@@ -2,6 +2,7 @@
 
 from .features import FeatureExtractor
 from .groups import GROUPS
+from .presets import get_preset
 from .report import Measurement
 from .settings import Settings
 
@@ -9,54 +10,80 @@ _EXACT_FROM = 10_000  # images from which a statistics file may pass for exact w
 _PUBLISHED = 50_000  # images of both sides in most publications
 
 
-def same_images(details: dict[str, dict]) -> bool:
-    """Whether both sides hold the same images."""
-    digests = [_digest(side) for side in details.values()]
-    return len(digests) == 2 and digests[0] is not None and digests[0] == digests[1]
-
-
 def cautions(
-    results: list[Measurement], details: dict[str, dict], extractors: list[FeatureExtractor], settings: Settings
+    results: list[Measurement],
+    sides: dict[str, dict],
+    extractors: list[FeatureExtractor],
+    settings: Settings,
+    common: int,
+    same: bool,
 ) -> list[str]:
-    """Warnings from the results, the descriptions of the sides and the settings."""
-    found = []
-    if any(result.kind == "FD" for result in results):
-        found += _small_samples(details, extractors[0], settings)
-        if any(result.ci95 and result.ci95[1] < 0 for result in results if result.kind == "FD"):
-            found.append(
-                "the interval lies below 0: a side has a fixed class mix without labels, which the jackknife takes for "
-                "chance; compare by the plug-in value"
-            )
-    for key, side in details.items():
-        found += _files(key, side, extractors)
-    if settings.preset:
-        from .presets import get_preset
+    """Warnings from the results, the descriptions of the sides and the settings.
 
-        found += _decoding(details, get_preset(settings.preset))
-    if same_images(details):
+    Args:
+        common: images that are on both sides.
+        same: whether both sides hold the same images.
+    """
+    found = []
+    for result in results:
+        if result.kind == "FD":
+            (dim,) = {e.num_features for e in extractors if result.metric == f"FD-{e.name}"}
+            found += _distance(result, dim, sides, settings, same)
+        if result.kind == "IS":
+            found += _inception_score(results, result)
+    for key, side in sides.items():
+        found += _files(key, side, extractors)
+    if any(extractor.name == "random-conv" for extractor in extractors):
+        found.append(
+            "random-conv is an untrained network: it compares like with like, its numbers are not for publication"
+        )
+    if settings.preset:
+        found += _decoding(sides, settings.preset)
+    compared = any(result.n_fake is not None and result.n_real is not None for result in results)
+    if same and compared:
         found.append("both sides are the same images, so distances are 0 by construction and have no interval")
+    elif common and compared:
+        found.append(f"{common} image(s) are on both sides: these are no independent samples, intervals do not hold")
     return found
 
 
-def _small_samples(details: dict, extractor: FeatureExtractor, settings: Settings) -> list[str]:
-    found, dim = [], extractor.num_features
-    for key, side in details.items():
+def _distance(result: Measurement, dim: int, sides: dict, settings: Settings, same: bool) -> list[str]:
+    found = []
+    for key, side in sides.items():
         count = side.get("count")
+        statistics = side["kind"] == "statistics"
+        if statistics and not side.get("vectors") and (count is None or count < _EXACT_FROM):
+            size = "an unknown number of" if count is None else count
+            found.append(f"the statistics of {size} {key} images count as exact: their own error is ignored")
         if count is None:
             continue
         if count <= dim:
             found.append(
-                f"only {count} {key} images for {dim} features: the covariance is singular, the distance biased"
+                f"only {count} {key} images for {dim} features: the covariance is singular and the distance biased, "
+                "without a correction or interval; kid is unbiased, prefer it"
             )
-        elif count < 2 * dim and side["kind"] != "statistics":
+        elif count < 2 * dim and not statistics:
             found.append(f"only {count} {key} images for {dim} features: kid is unbiased, prefer it")
-        if settings.interval and count < 2 * GROUPS and side["kind"] != "statistics":
+        if settings.interval and count < 2 * GROUPS and not statistics:
             found.append(f"no interval: the jackknife needs at least {2 * GROUPS} {key} images")
-        if side["kind"] == "statistics" and not side.get("vectors") and count < _EXACT_FROM:
-            found.append(f"the statistics of {count} {key} images count as exact: their own error is ignored")
-    counts = [side["count"] for side in details.values() if side.get("count") is not None]
-    if extractor.name == "inception" and counts and min(counts) < _PUBLISHED:
+    counts = [side["count"] for side in sides.values() if side.get("count") is not None]
+    if result.metric == "FD-inception" and counts and min(counts) < _PUBLISHED:
         found.append(f"publications use {_PUBLISHED:,} images; with fewer the distance is larger".replace(",", " "))
+    if result.ci95 and result.ci95[1] < 0 and not same:
+        found.append(
+            "the interval lies below 0, so the sides are closer than independent samples of one distribution would be: do "
+            "they share images, was one made from the other, or are class proportions fixed without labels? Compare by "
+            "the plug-in value"
+        )
+    return found
+
+
+def _inception_score(results: list[Measurement], score: Measurement) -> list[str]:
+    found = []
+    if score.n_fake < _PUBLISHED / 10:
+        found.append(f"the Inception Score grows with the number of images; with {score.n_fake} it is too low")
+    if any(other.kind == "IS of real images" and other.n_real != score.n_fake for other in results):
+        found.append("the Inception Scores of both sides are of unequal numbers of images and do not compare")
     return found
 
 
@@ -68,9 +95,11 @@ def _files(key: str, side: dict, extractors: list[FeatureExtractor]) -> list[str
         found.append("the fake images are JPEG files: compression changes the distance, save generated images as PNG")
     if side.get("duplicates"):
         found.append(f"{side['duplicates']} {key} file(s) are copies of another one")
+    if side.get("labels"):
+        found.append(f"{key}: {side['labels']}")
     shape = side.get("shape")
     for extractor in extractors:
-        aliasing = shape and getattr(extractor, "input_size", None) and "antialias" not in extractor.preprocessing
+        aliasing = shape and extractor.input_size and "antialias" not in extractor.preprocessing
         if aliasing and "pil" not in extractor.preprocessing and min(shape[1:]) > 2 * extractor.input_size:
             found.append(
                 f"the {key} images of {shape[1]}×{shape[2]} are reduced to {extractor.input_size}×{extractor.input_size} "
@@ -79,18 +108,12 @@ def _files(key: str, side: dict, extractors: list[FeatureExtractor]) -> list[str
     return found
 
 
-def _decoding(details: dict, preset) -> list[str]:
+def _decoding(sides: dict, preset: str) -> list[str]:
     """Images that the tool of a preset decodes in another way than this one."""
     odd = 0
-    for side in details.values():
-        plain = {"RGB", "L"}
-        odd += sum(n for mode, n in side.get("modes", {}).items() if mode not in plain) + side.get("rotated", 0)
+    for side in sides.values():
+        odd += sum(n for mode, n in side.get("modes", {}).items() if mode not in ("RGB", "L")) + side.get("rotated", 0)
     if not odd:
         return []
-    return [
-        f"{odd} image(s) have transparency, a palette, 16 bits or a rotation mark: {preset.name} reads these otherwise"
-    ]
-
-
-def _digest(details: dict) -> str | None:
-    return details.get("digest") or (details.get("source") or {}).get("digest")
+    name = get_preset(preset).name
+    return [f"{odd} image(s) have transparency, a palette, 16 bits or a rotation mark: {name} reads these otherwise"]

@@ -2,10 +2,11 @@
 
 import time
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 
-from ..core.errors import DataError, DiffaccelError, MissingWeightsError, NumericalError, UsageError
+from ..core.images import resize_image
 from ..core.processes import Processes
 from .features import FeatureExtractor
 from .groups import GROUPS, assign_groups
@@ -14,8 +15,8 @@ from .metrics.scores import ScoreSums, assign_splits
 from .moments import GroupedMoments
 from .sources import ImageSource, with_channels
 
-_BLOCK = 256  # images that are decoded together and belong to one process
-_SHOWN = 64  # images kept to be looked at
+_BLOCK, _BLOCK_BYTES = 256, 2**26  # most images and bytes that are decoded together and belong to one process
+_SHOWN, _SHOWN_SIZE = 64, 256  # images kept to be looked at, and their largest height and width
 
 MOMENTS, VECTORS, CLASSES, CAPTIONS = "moments", "vectors", "classes", "captions"
 
@@ -52,26 +53,43 @@ class Side:
 
 
 @dataclass
+class Collection:
+    """What one pass found.
+
+    Attributes:
+        sides: by extractor; complete in the first process only.
+        details: description of the side.
+        shown: its first images, no larger than 256 pixels, lists of uint8 (C, H, W).
+        pixels: hashes of the decoded images.
+        seconds: duration.
+    """
+
+    sides: dict[FeatureExtractor, Side]
+    details: dict
+    shown: list[torch.Tensor]
+    pixels: list[str]
+    seconds: float
+
+
 class _Space:
     """Accumulators of one extractor."""
 
-    extractor: FeatureExtractor
-    moments: GroupedMoments | None
-    scores: ScoreSums | None
-    vectors: list[torch.Tensor] | None
-    positions: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, extractor: FeatureExtractor, wanted: set[str], splits: int, groups: int):
+        self.extractor = extractor
+        self.moments = GroupedMoments(extractor.num_features, groups) if MOMENTS in wanted else None
+        self.scores = ScoreSums(extractor.num_classes, splits) if CLASSES in wanted else None
+        self.vectors: list[torch.Tensor] | None = [] if VECTORS in wanted else None
+        self.positions: list[torch.Tensor] = []
 
     def update(self, index: torch.Tensor, images, groups: torch.Tensor, splits: torch.Tensor) -> None:
         features = self.extractor(images)
-        if not bool(torch.isfinite(features).all()):
-            raise NumericalError(f"{self.extractor.name} gives NaN or infinite features.")
         if self.moments is not None:
             self.moments.update(features, groups[index] % self.moments.groups)
         if self.scores is not None:
             self.scores.update(self.extractor.logits(features), splits[index])
         if self.vectors is not None:
             self.vectors.append(features.cpu())
-        self.positions.append(index)
+            self.positions.append(index)
 
 
 def collect(
@@ -79,20 +97,19 @@ def collect(
     needs: dict[FeatureExtractor, set[str]],
     processes: Processes,
     *,
+    channels: int | None = None,
     splits: int = 10,
     interval: bool = True,
     progress: bool = False,
-) -> tuple[dict[FeatureExtractor, Side], dict, list[torch.Tensor], float]:
+) -> Collection:
     """Read a side once and extract all features.
 
     Args:
         source: the images; every process reads its share.
         needs: per extractor a set of MOMENTS, VECTORS, CLASSES.
+        channels: of the decoded images, at least those of every extractor; by default just these.
         splits: parts of the Inception Score.
         interval: keep moments by group, for the jackknife; without it ten times less memory.
-
-    Returns:
-        What was found per extractor, the description of the side, its first images, and the seconds it took.
 
     Raises:
         DataError: unusable images; every process raises, whichever saw them.
@@ -101,78 +118,73 @@ def collect(
     from tqdm import tqdm
 
     started = time.perf_counter()
-    groups = assign_groups(source.labels, source.count)
-    parts = assign_splits(source.count, splits)
-    spaces = [
-        _Space(
-            extractor,
-            GroupedMoments(extractor.num_features, GROUPS if interval else 1) if MOMENTS in wanted else None,
-            ScoreSums(extractor.num_classes, splits) if CLASSES in wanted else None,
-            [] if VECTORS in wanted else None,
-        )
-        for extractor, wanted in needs.items()
-    ]
-    channels = max(space.extractor.channels for space in spaces)
+    groups, parts = assign_groups(source.labels, source.count), assign_splits(source.count, splits)
+    spaces = [_Space(space, wanted, splits, GROUPS if interval else 1) for space, wanted in needs.items()]
+    channels = channels or max(space.extractor.channels for space in spaces)
     mixed = all(space.extractor.resizes for space in spaces)
+    block = max(1, min(_BLOCK, _BLOCK_BYTES // (channels * source.shape[1] * source.shape[2])))
     shown: list[torch.Tensor] = []
-    trouble: DiffaccelError | None = None
+    pixels: dict[int, str] = {}
     visible = None if progress and processes.rank == 0 else True  # None: only on a terminal
-    shard = (processes.rank, processes.world)
-    try:
+
+    def read() -> None:
+        shard = (processes.rank, processes.world)
         with tqdm(total=-(-source.count // shard[1]), desc=source.name, unit="image", disable=visible) as bar:
-            for batch in source.batches(channels, _BLOCK, mixed, shard):
+            for batch in source.batches(channels, block, mixed, shard):
+                for position, image in zip(batch.index.tolist(), batch.images, strict=True):
+                    pixels[position] = blake2b(image.contiguous().numpy(), digest_size=8).hexdigest()
+                    if len(shown) < _SHOWN:
+                        shown.append(_small(image))
                 for space in spaces:
-                    images = with_channels(batch.images, space.extractor.channels)
-                    space.update(batch.index, images, groups, parts)
-                if len(shown) < _SHOWN:
-                    shown += list(batch.images[: _SHOWN - len(shown)])
+                    space.update(batch.index, with_channels(batch.images, space.extractor.channels), groups, parts)
                 bar.update(len(batch.index))
-    except DiffaccelError as error:
-        trouble = error
-    records = _join(processes, source, trouble)
-    source.check(records)
-    sides = {space.extractor: _gather(processes, space, source, groups, records) for space in spaces}
-    return sides, source.describe(records), shown, time.perf_counter() - started
 
-
-def _join(processes: Processes, source: ImageSource, trouble: DiffaccelError | None) -> dict[int, dict]:
-    """Records of all processes; if one of them failed, all fail with its sentence."""
-    mine = {
-        "records": list(source.records.items()),
-        "error": None if trouble is None else [type(trouble).__name__, str(trouble)],
-    }
-    found = processes.gather_json(mine)
-    if trouble is not None:
-        raise trouble
-    for other in found:
-        if other["error"]:
-            name, text = other["error"]
-            kinds = {kind.__name__: kind for kind in (DataError, UsageError, NumericalError, MissingWeightsError)}
-            raise kinds.get(name, DiffaccelError)(text)
-    return dict(sorted((int(position), record) for other in found for position, record in other["records"]))
-
-
-def _gather(processes: Processes, space: _Space, source: ImageSource, groups: torch.Tensor, records: dict) -> Side:
-    """Bring together what all processes accumulated; every process gets the same."""
+    processes.agree(read)
+    found = processes.gather_json([list(source.records.items()), list(pixels.items())])
+    records = dict(sorted((int(position), record) for other, _ in found for position, record in other))
+    processes.agree(lambda: source.check(records))
     count = sum("reason" not in record for record in records.values())
+    sides = {space.extractor: _join(processes, space, source, groups, count) for space in spaces}
+    hashes = [text for _, other in found for _, text in other]
+    return Collection(sides, source.describe(records), shown, hashes, time.perf_counter() - started)
+
+
+def _join(processes: Processes, space: _Space, source: ImageSource, groups: torch.Tensor, count: int) -> Side:
+    """Bring together what all processes accumulated."""
     side = Side(source.name, count, space.extractor)
     if space.moments is not None:
-        first, *rest = map(GroupedMoments.from_tensors, processes.gather_tensors(space.moments.tensors()))
-        side.moments = first.merge(*rest) if rest else space.moments
+        side.moments = _merged(processes, space.moments)
     if space.scores is not None:
-        first, *rest = map(ScoreSums.from_tensors, processes.gather_tensors(space.scores.tensors()))
-        side.scores = first.merge(*rest) if rest else space.scores
+        side.scores = _merged(processes, space.scores)
     if space.vectors is not None:
-        dim = space.extractor.num_features
-        mine = {
-            "positions": torch.cat([torch.zeros(0, dtype=torch.long), *space.positions]),
-            "vectors": torch.cat([torch.zeros(0, dim), *space.vectors]),
-        }
-        found = processes.gather_tensors(mine)
-        positions = torch.cat([part["positions"] for part in found])
+        empty = torch.zeros(0, dtype=torch.long), torch.zeros(0, space.extractor.num_features)
+        mine = {"positions": torch.cat([empty[0], *space.positions]), "vectors": torch.cat([empty[1], *space.vectors])}
+        found = [theirs for theirs in processes.each(mine) if processes.rank == 0]
+        positions = torch.cat([empty[0], *(part["positions"] for part in found)])
         order = positions.argsort()
-        side.vectors = torch.cat([part["vectors"] for part in found])[order]
+        side.vectors = torch.cat([empty[1], *(part["vectors"] for part in found)])[order].to(processes.device)
         side.positions = positions[order]
         side.groups = groups[side.positions]
         side.labels = None if source.labels is None else source.labels[side.positions]
     return side
+
+
+def _merged(processes: Processes, sums):
+    """Accumulators of all processes as one, in the first process; the others keep theirs."""
+    if processes.world == 1:
+        return sums
+    total = None
+    for theirs in processes.each(sums.tensors()):
+        if processes.rank == 0:
+            part = type(sums).from_tensors(theirs)
+            total = part if total is None else total.merge(part)
+    return total if processes.rank == 0 else sums
+
+
+def _small(image: torch.Tensor) -> torch.Tensor:
+    """The image, or a reduced copy; never a view, which would keep its whole batch in memory."""
+    height, width = image.shape[1:]
+    scale = _SHOWN_SIZE / max(height, width)
+    if scale >= 1:
+        return image.clone()
+    return resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))

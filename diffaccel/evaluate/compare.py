@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 
 from ..core.errors import DataError, UsageError
-from .report import Measurement, Report, number
+from .report import Measurement, Report, image_set, number
 
 _UNBIASED = ("KID", "KID subsets", "CMMD", "CLIPScore", "FD∞")  # their mean does not, or hardly, depend on N
 _ONE_SIDED = ("IS", "CLIPScore")
 # Settings that change what a label means, with what None stands for.
-_CONVENTIONS = {"preset": None, "resize": None, "k": 5, "splits": 10, "kid_subset_size": 1000}
+_CONVENTIONS = {"resize": None, "k": 5, "splits": 10, "kid_subset_size": 1000}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Difference:
         first, second: the compared values.
         difference: second − first.
         ci95: 95 % interval of the difference, None where a report has none, or one without the draw of the fakes.
-        verdict: "first is better", "second is better", "cannot tell apart" or "no interval".
+        verdict: "first is better", "second is better", "cannot tell apart", "no interval", or "same images" where both
+            fake sides are.
     """
 
     metric: str
@@ -94,7 +95,7 @@ def compare_reports(first: Report, second: Report, names: tuple[str, str] = DEFA
         )
     for result, _ in pairs:
         _same_features(result.metric, first, second, names)
-    rows = [_difference(*pair) for pair in pairs]
+    rows = [_difference(*pair, _same_fakes(first, second)) for pair in pairs]
     return Comparison(names, rows, _notes(first, second, pairs, rows))
 
 
@@ -114,12 +115,6 @@ def interval_of_difference(
     down = math.sqrt(_square(first_ci[1] - first) + _square(second - second_ci[0]))
     up = math.sqrt(_square(first - first_ci[0]) + _square(second_ci[1] - second))
     return second - first - down, second - first + up
-
-
-def digest(side: dict | None) -> str | None:
-    """Identity of the images of a side; of a statistics file, that of the images it was made from."""
-    side = side or {}
-    return side.get("digest") or (side.get("source") or {}).get("digest")
 
 
 def _square(distance: float) -> float:
@@ -151,15 +146,19 @@ def _same_features(metric: str, first: Report, second: Report, names: tuple[str,
             )
 
 
-def _difference(first: Measurement, second: Measurement) -> Difference:
+def _same_fakes(first: Report, second: Report) -> bool:
+    return image_set(first.fake) is not None and image_set(first.fake) == image_set(second.fake)
+
+
+def _difference(first: Measurement, second: Measurement, same_fakes: bool) -> Difference:
     corrected = first.bias_corrected is not None and second.bias_corrected is not None
     values = [result.bias_corrected if corrected else result.value for result in (first, second)]
     intervals = [None if _fake_as_given(result) else confidence_interval(result) for result in (first, second)]
     # Where only one is corrected its interval is centred on the corrected value and does not belong to the plug-in one.
     mixed = (first.bias_corrected is None) != (second.bias_corrected is None)
     difference = values[1] - values[0]
-    interval, verdict = None, "no interval"
-    if None not in intervals and not mixed and math.isfinite(difference):
+    interval, verdict = None, "same images" if same_fakes else "no interval"
+    if not same_fakes and None not in intervals and not mixed and math.isfinite(difference):
         interval = interval_of_difference(values[0], intervals[0], values[1], intervals[1])
         verdict = _verdict(interval, first.better)
     basis = "bias-corrected" if corrected else "plug-in"
@@ -206,7 +205,7 @@ def _notes(first: Report, second: Report, pairs: list, rows: list[Difference]) -
         for name, dtype in dtypes[0].items()
         if dtypes[1].get(name, dtype) != dtype
     ]
-    if digest(first.fake) is not None and digest(first.fake) == digest(second.fake):
+    if _same_fakes(first, second):
         notes.append("Both fake sides are the same images, so every difference comes from how they were evaluated.")
     return notes
 
@@ -214,7 +213,7 @@ def _notes(first: Report, second: Report, pairs: list, rows: list[Difference]) -
 def _about_real_sides(first: Report, second: Report, pairs: list, rows: list[Difference]) -> list[str]:
     if first.real is None or second.real is None or all(mine.kind in _ONE_SIDED for mine, _ in pairs):
         return []
-    digests = digest(first.real), digest(second.real)
+    digests = image_set(first.real), image_set(second.real)
     if None in digests:
         return ["Warning: a real side has no digest, so whether both reports used the same one is not known."]
     if digests[0] != digests[1]:

@@ -26,11 +26,11 @@ def assign_groups(labels: torch.Tensor | None, count: int, groups: int = GROUPS)
     Raises:
         DataError: another number of labels than samples.
     """
-    labels, index, sizes = within_classes(labels, count)
+    classes, index, sizes = within_classes(labels, count)
     blocks = -(-int(sizes.max()) // groups) if count else 0
     order = KeyedRandom(0).uniform("jackknife group", 0, 0, blocks, (groups,)).argsort(dim=1, stable=True)
     # Classes start at different places of one order, so that their remainders fill different groups.
-    return order[index // groups, (index + labels) % groups]
+    return order[index // groups, (index + classes) % groups]
 
 
 def stratified_order(
@@ -54,7 +54,7 @@ def stratified_order(
 
 
 def within_classes(labels: torch.Tensor | None, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels, index of each sample within its class in the order of the sample, and size of its class; (count,) int64.
+    """Class of each sample counted from 0, its index within the class, and the size of the class; (count,) int64.
 
     Raises:
         DataError: another number of labels than samples.
@@ -66,4 +66,4 @@ def within_classes(labels: torch.Tensor | None, count: int) -> tuple[torch.Tenso
     members = classes.argsort(stable=True)  # class by class
     index = torch.empty(count, dtype=torch.long)
     index[members] = torch.arange(count) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return labels, index, sizes[classes]
+    return classes, index, sizes[classes]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..core.errors import DataError
 from .collect import CAPTIONS, CLASSES, MOMENTS, VECTORS, Side
 from .jackknife import Estimate
 from .metrics.frechet import Gaussian, fd_infinity, frechet_estimate
@@ -12,6 +11,8 @@ from .metrics.neighbours import prdc
 from .metrics.scores import clip_score
 from .report import Measurement
 from .settings import Settings
+
+NEEDED, WELCOME, UNUSED = "needed", "welcome", "unused"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Metric:
         summary: one line.
         paper: source.
         needs: what has to be collected of a side.
-        measure: (fake, real, settings) → `Measurement`s; real is None where `reference` is false.
-        reference: whether it compares with real images.
+        measure: (fake, real, settings) → `Measurement`s; real may be None where it is not needed.
+        real: NEEDED where it compares with real images, WELCOME where it is also computed of them, else UNUSED.
         clip: whether it lives in the CLIP space, whatever the features are.
     """
 
@@ -33,7 +34,7 @@ class Metric:
     paper: str
     needs: frozenset[str]
     measure: Callable[[Side, Side | None, Settings], Iterator[Measurement]]
-    reference: bool = True
+    real: str = NEEDED
     clip: bool = False
 
 
@@ -58,62 +59,50 @@ def _fid(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
     yield _read("FD", frechet_estimate(fake.moments, real.moments, interval=settings.interval), fake, real)
     if settings.fd_infinity:
         whole = real.moments if isinstance(real.moments, Gaussian) else real.moments.total().gaussian()
-        limit = fd_infinity(_vectors(fake), whole, seed=settings.seed, labels=fake.labels, interval=settings.interval)
+        limit = fd_infinity(fake.vectors, whole, seed=settings.seed, labels=fake.labels, interval=settings.interval)
         yield _read("FD∞", limit, fake, real)
 
 
 def _kid(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
-    vectors = _vectors(fake), _vectors(real)
-    yield _read("KID", kid(*vectors, fake.groups, real.groups, _fixed_mix(fake, real)), fake, real)
-    if settings.kid_subsets is not None:
-        size = settings.kid_subset_size or 1000
-        if size > min(map(len, vectors)):
-            raise DataError(f"KID subsets of {size} images need as many on both sides; lower --kid-subset-size.")
-        mean, deviation = kid_subsets(*vectors, settings.kid_subsets, size, settings.seed)
+    yield _read("KID", kid(fake.vectors, real.vectors, fake.groups, real.groups, _fixed_mix(fake, real)), fake, real)
+    if settings.kid_subsets:
+        size = min(settings.kid_subset_size, len(fake.vectors), len(real.vectors))
+        mean, deviation = kid_subsets(fake.vectors, real.vectors, settings.kid_subsets, size, settings.seed)
         method = f"deviation of {settings.kid_subsets} subsets of {size}, not a confidence interval"
         yield _read("KID subsets", Estimate(mean, method=method), fake, real, deviation=deviation)
 
 
 def _prdc(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
-    for kind, estimate in prdc(_vectors(fake), _vectors(real), settings.k or 5).items():
+    for kind, estimate in prdc(fake.vectors, real.vectors, settings.k).items():
         yield _read(kind, estimate, fake, real, better="higher")
 
 
 def _inception_score(fake: Side, real: Side | None, settings: Settings) -> Iterator[Measurement]:
     for kind, side in (("IS", fake), ("IS of real images", real)):
-        if side is None:
-            continue
-        if side.scores is None:
-            raise DataError(f"{side.name} holds statistics; the Inception Score needs images.")
-        mean, deviation = side.scores.compute()
-        method = f"deviation of {settings.splits or 10} parts, not a confidence interval"
-        sides = (side, None) if side is fake else (None, side)
-        yield _read(kind, Estimate(mean, method=method), *sides, better="higher", deviation=deviation)
+        if side is not None:
+            mean, deviation = side.scores.compute()
+            parts = int((side.scores.counts > 0).sum())
+            method = f"deviation of {parts} parts, not a confidence interval"
+            sides = (side, None) if side is fake else (None, side)
+            yield _read(kind, Estimate(mean, method=method), *sides, better="higher", deviation=deviation)
 
 
 def _cmmd(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
-    vectors = _vectors(fake), _vectors(real)
-    yield _read("CMMD", cmmd(*vectors, fake.groups, real.groups, _fixed_mix(fake, real)), fake, real)
+    yield _read("CMMD", cmmd(fake.vectors, real.vectors, fake.groups, real.groups, _fixed_mix(fake, real)), fake, real)
 
 
 def _clip(fake: Side, real: Side | None, settings: Settings) -> Iterator[Measurement]:
-    texts, truncated = fake.extractor.embed_texts(fake.captions)
-    if truncated:
-        fake.notes.append(f"{truncated} caption(s) are longer than CLIP reads; their ends were ignored")
-    yield _read("CLIPScore", clip_score(_vectors(fake), texts), fake, None, better="higher")
+    for kind, side in (("CLIPScore", fake), ("CLIPScore of real images", real)):
+        if side is not None and side.captions is not None:
+            texts, truncated = side.extractor.embed_texts(side.captions)
+            if truncated:
+                side.notes.append(f"{truncated} caption(s) are longer than CLIP reads; their ends were ignored")
+            sides = (side, None) if side is fake else (None, side)
+            yield _read(kind, clip_score(side.vectors, texts.to(side.vectors.device)), *sides, better="higher")
 
 
 def _fixed_mix(*sides: Side) -> bool:
     return any(side.labels is not None for side in sides)
-
-
-def _vectors(side: Side):
-    if side.vectors is None:
-        raise DataError(
-            f"{side.name} holds mean and covariance only; this metric needs the features of the images: give the images, "
-            "or make the file with `diffaccel evaluate stats --vectors`."
-        )
-    return side.vectors
 
 
 METRICS = {
@@ -146,7 +135,7 @@ METRICS = {
             "Salimans et al. 2016",
             frozenset({CLASSES}),
             _inception_score,
-            reference=False,
+            real=WELCOME,
         ),
         Metric(
             "cmmd",
@@ -162,7 +151,7 @@ METRICS = {
             "Hessel et al. 2021",
             frozenset({VECTORS, CAPTIONS}),
             _clip,
-            reference=False,
+            real=WELCOME,
             clip=True,
         ),
     )

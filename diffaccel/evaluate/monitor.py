@@ -24,8 +24,8 @@ class Monitor:
         side = resolve(reference)
         self.extractor = get_features("digits64" if side.shape == (1, 8, 8) else "random-conv")
         alone = Processes("cpu", together=False)
-        found, *_ = collect(side, {self.extractor: {MOMENTS}}, alone, interval=False)
-        self._reference = found[self.extractor].moments.total().gaussian()
+        read = collect(side, {self.extractor: {MOMENTS}}, alone, interval=False)
+        self._reference = read.sides[self.extractor].moments.total().gaussian()
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, float]:

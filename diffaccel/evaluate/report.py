@@ -4,12 +4,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..core.errors import DataError
 from ..core.files import write_atomic
 from ..core.versions import library_versions
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 2
 _PARTS = {
@@ -94,7 +96,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=lambda: {"versions": library_versions(PACKAGES)})
     run: dict = field(default_factory=dict)
-    samples: dict[str, list[torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    samples: "dict[str, list[torch.Tensor]]" = field(default_factory=dict, repr=False, compare=False)
 
     def __getattr__(self, name: str):
         if name in ("metric", "value", "bias_corrected", "ci95", "n_fake", "n_real"):
@@ -124,12 +126,12 @@ class Report:
 
     def to_json(self) -> str:
         """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        # File names that are not UTF-8 reach Python as lone surrogates; JSON can hold them escaped.
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
     def save(self, path) -> None:
         """Write `to_json` to a file, atomically."""
-        # File names that are not UTF-8 reach Python as lone surrogates; JSON can hold them escaped.
-        write_atomic(path, self.to_json().encode("utf-8", "backslashreplace") + b"\n")
+        write_atomic(path, self.to_json() + "\n")
 
     def __str__(self) -> str:
         lines = [str(result) for result in self.results]
@@ -157,15 +159,31 @@ def load_report(path) -> Report:
     if schema != SCHEMA or not content.get("results"):
         raise DataError(f"{path} is not an evaluation report of schema {SCHEMA} (found schema {schema}).")
     try:
-        results = [
-            Measurement(**{**result, "ci95": tuple(result["ci95"]) if result["ci95"] else None})
-            for result in content["results"]
-        ]
-        parts = {key: content[key] for key in _PARTS}
-        _check(results, parts)
-        return Report(results, **parts)
+        return report_of(content)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__} {error}.") from None
+
+
+def report_of(content: dict) -> Report:
+    """The report with the content of `Report.to_dict`; KeyError, TypeError or ValueError if it is none."""
+    results = [Measurement(**{**r, "ci95": tuple(r["ci95"]) if r["ci95"] else None}) for r in content["results"]]
+    parts = {key: content[key] for key in _PARTS}
+    _check(results, parts)
+    return Report(results, **parts)
+
+
+def image_set(side: dict | None) -> str | None:
+    """Identity of the images of a side, as they entered; of a statistics file, of the images it was made from."""
+    side = side or {}
+    source = side.get("source") or {}
+    digest, resized = side.get("digest") or source.get("digest"), side.get("resized") or source.get("resized")
+    return f"{digest}@{resized}" if digest and resized else digest
+
+
+def same_images(sides: dict[str, dict]) -> bool:
+    """Whether both sides hold the same images."""
+    sets = [image_set(side) for side in sides.values()]
+    return len(sets) == 2 and sets[0] is not None and sets[0] == sets[1]
 
 
 def _check(results: list[Measurement], parts: dict) -> None:
@@ -182,6 +200,10 @@ def _check(results: list[Measurement], parts: dict) -> None:
             raise TypeError(f"{key} is a {type(parts[key]).__name__}")
     for side in (parts["fake"], parts["real"] or parts["fake"]):
         side["name"], side["kind"]
+        if not isinstance(side.get("digest"), str | None) or not isinstance(side.get("source"), dict | None):
+            raise TypeError("the description of a side is none")
+    if not isinstance(parts["environment"].get("versions", {}), dict):
+        raise TypeError("versions are none")
     for identity in parts["features"]:
         identity["name"]
 

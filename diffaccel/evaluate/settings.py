@@ -1,11 +1,26 @@
 """How an evaluation is made: everything but its two sides."""
 
+import os
 from dataclasses import asdict, dataclass, fields, replace
+
+import torch
 
 from ..core.errors import UsageError, unknown
 from .features.base import DTYPES
 from .presets import get_preset
 from .sources import DEFAULT_NUM, Generation, Reading
+
+_DEFAULTS = {"kid_subset_size": 1000, "splits": 10, "k": 5}
+_LEAST = {"num": 2, "steps": 1, "batch_size": 1, "resize": 1, "workers": 0, "kid_subsets": 1, "kid_subset_size": 2}
+_LEAST |= {"splits": 1, "k": 1}
+_BELONGS = {
+    ("fd_infinity", "interval"): ("fid",),
+    ("kid_subsets", "kid_subset_size"): ("kid",),
+    ("splits",): ("is",),
+    ("k",): ("prdc",),
+    ("captions",): ("clip",),
+    ("clip_weights",): ("cmmd", "clip"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,37 +80,60 @@ class Settings:
     compile: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "metrics", tuple(self.metrics))
+        names = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+        object.__setattr__(self, "metrics", names)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, os.PathLike | torch.device):
+                value = str(value)
+                object.__setattr__(self, entry.name, value)
+            wrong = isinstance(value, bool) and entry.type is not bool
+            if entry.name != "metrics" and (wrong or not isinstance(value, entry.type)):
+                kind = getattr(entry.type, "__name__", entry.type)
+                raise UsageError(f"{entry.name} must be of type {kind}, got {value!r}.")
         if not self.metrics:
             raise UsageError("Name at least one metric.")
-        least = {"num": 2, "steps": 1, "batch_size": 1, "resize": 1, "workers": 0, "kid_subsets": 1}
-        for name, low in (least | {"kid_subset_size": 2, "splits": 1, "k": 1}).items():
+        for name, low in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} must be at least {low}, got {value}.")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
 
-    def with_preset(self) -> "Settings":
-        """These settings with the conventions of the preset where nothing else was asked for.
+    def complete(self) -> tuple["Settings", list[str]]:
+        """These settings with the conventions of the preset and the defaults where nothing was asked for; and warnings.
 
         Raises:
             UsageError: unknown preset, or features that contradict it.
         """
-        if self.preset is None:
-            return self
-        preset = get_preset(self.preset)
-        if self.features not in ("auto", preset.features):
-            raise UsageError(f"The preset {preset.name} is for {preset.features} features, not {self.features}.")
-        wanted = {
-            "filter": preset.resize,
-            "kid_subsets": preset.kid_subsets,
-            "kid_subset_size": preset.kid_subset_size,
-            "splits": preset.is_splits,
-            "k": preset.prdc_k,
-        }
-        unset = {key: value for key, value in wanted.items() if getattr(self, key) is None}
-        return replace(self, features=preset.features, **unset)
+        wanted, warnings = dict(_DEFAULTS), self._without_effect()
+        if self.preset is not None:
+            preset = get_preset(self.preset)
+            if self.features not in ("auto", preset.features):
+                raise UsageError(f"The preset {preset.name} is for {preset.features} features, not {self.features}.")
+            own = {
+                "features": preset.features,
+                "filter": preset.resize,
+                "kid_subsets": preset.kid_subsets,
+                "kid_subset_size": preset.kid_subset_size,
+                "splits": preset.is_splits,
+                "k": preset.prdc_k,
+            }
+            wanted |= {key: value for key, value in own.items() if value is not None}
+        if self.kid_subset_size is not None:
+            wanted.setdefault("kid_subsets", 100)
+        unset = {key: value for key, value in wanted.items() if getattr(self, key) in (None, "auto")}
+        return replace(self, **unset), warnings
+
+    def _without_effect(self) -> list[str]:
+        """Settings that were given for metrics that were not."""
+        found = []
+        for names, metrics in _BELONGS.items():
+            for name in names:
+                given = getattr(self, name) != getattr(Settings, name)
+                if given and not set(metrics) & set(self.metrics):
+                    found.append(f"{name.replace('_', '-')} has no effect without the metric {' or '.join(metrics)}")
+        return found
 
     def generation(self) -> Generation:
         """How images of a model are drawn."""

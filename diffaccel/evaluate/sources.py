@@ -3,11 +3,13 @@
 import difflib
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core.errors import DataError
@@ -45,10 +47,13 @@ class Reading:
 
     def workers_for(self, count: int) -> int:
         """Decoding processes for so many files; starting them costs more than decoding a few hundred."""
+        if multiprocessing.current_process().daemon:  # may not have children
+            return 0
         if self.workers is not None:
             return self.workers
-        spare = len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1
-        return min(spare, 8) if count >= _WORKERS_FROM else 0
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this job on this machine
+        return min(cpus // beside - 1, 8) if count >= _WORKERS_FROM and cpus > beside else 0
 
 
 class ImageSource:
@@ -59,12 +64,14 @@ class ImageSource:
         name: what the user typed, or what identifies it.
         shape: (C, H, W) of the first image.
         count: number of positions, usable or not.
-        labels: (count,) classes of a sample with fixed class proportions, None where unknown.
+        resize: side of the square that images were brought to, None for as they are.
+        labels: (count,) classes of a sample with fixed class proportions; None where unknown or independent draws.
         records: by position, what was read (JSON-able): complete for this process after one iteration.
     """
 
-    def __init__(self, kind: str, name: str, shape: tuple[int, int, int], count: int, labels: torch.Tensor | None):
-        self.kind, self.name, self.shape, self.count, self.labels = kind, name, shape, count, labels
+    def __init__(self, kind: str, name: str, shape, count: int, labels: torch.Tensor | None, resize: int | None):
+        self.kind, self.name, self.count, self.labels, self.resize = kind, name, count, labels, resize
+        self.shape: tuple[int, int, int] = (shape[0], resize, resize) if resize else tuple(shape)
         self.records: dict[int, dict] = {}
 
     def batches(self, channels: int, batch_size: int, mixed: bool = False, shard=(0, 1)) -> Iterator[ImageBatch]:
@@ -93,25 +100,22 @@ class ImageSource:
         digest = hashlib.sha256(repr(self.shape).encode())
         for position in sorted(records):
             digest.update(bytes.fromhex(records[position]["sha256"]))
-        classes = {} if self.labels is None else {"classes": len(self.labels.unique())}
-        return {**self._head(), "count": len(records), **classes, "digest": digest.hexdigest()}
+        return {**self._head(), "count": len(records), "digest": digest.hexdigest()}
 
     def _head(self) -> dict:
-        return {"kind": self.kind, "name": self.name, "shape": list(self.shape)}
+        resized = {"resized": self.resize} if self.resize else {}
+        classes = {} if self.labels is None else {"fixed_mix_of_classes": len(self.labels.unique())}
+        return {"kind": self.kind, "name": self.name, "shape": list(self.shape), **resized, **classes}
 
     def captions(self, given) -> list[str]:
-        """One caption per position, from a file or a list, or from beside the images.
+        """One caption per position, from a file, or where None is given from beside the images.
 
         Raises:
             DataError: there are none, or not one for every image.
         """
-        if isinstance(given, (list, tuple)):
-            if len(given) != self.count:
-                raise DataError(f"{self.name} has {self.count} images but there are {len(given)} captions.")
-            return list(given)
         if given is None:
             raise DataError(f"{self.name} has no captions; give a file of them: --captions FILE.")
-        return load_captions(Path(given), [f"{i}" for i in range(self.count)])
+        return load_captions(given, [str(position) for position in range(self.count)])
 
 
 class FileSource(ImageSource):
@@ -121,7 +125,8 @@ class FileSource(ImageSource):
         self._reading, self._files = reading, open_container(path)
         names = self._files.names
         kind = "folder" if path.is_dir() else "zip"
-        super().__init__(kind, str(path), self._first_shape(), len(names), _read_labels(self._files))
+        labels, self._note = _read_labels(self._files)
+        super().__init__(kind, str(path), self._first_shape(), len(names), labels, reading.resize)
 
     def _first_shape(self) -> tuple[int, int, int]:
         reading = self._reading
@@ -147,13 +152,12 @@ class FileSource(ImageSource):
         super().check(records)
 
     def describe(self, records):
-        resized = {"resized": self._reading.resize} if self._reading.resize else {}
-        return {**self._head(), **resized, **summarise(records)}
+        return {**self._head(), **({"labels": self._note} if self._note else {}), **summarise(records)}
 
     def captions(self, given):
         if given is None:
             return find_captions(self._files.names, self._files.side_file)
-        return super().captions(given) if isinstance(given, (list, tuple)) else load_captions(given, self._files.names)
+        return load_captions(given, self._files.names)
 
 
 class TensorSource(ImageSource):
@@ -165,9 +169,8 @@ class TensorSource(ImageSource):
             raise DataError(f"{name} must be uint8 (N, C, H, W) with N ≥ 1 and 1 or 3 channels, got {got}.")
         if labels is not None and labels.shape != images.shape[:1]:
             raise DataError(f"{name}: {len(images)} images need as many labels, got shape {tuple(labels.shape)}.")
-        shape = (images.shape[1], resize, resize) if resize else tuple(images.shape[1:])
-        super().__init__(kind, name, shape, len(images), labels)
-        self._images, self._resize = images, resize
+        super().__init__(kind, name, images.shape[1:], len(images), labels, resize)
+        self._images = images
 
     def batches(self, channels, batch_size, mixed=False, shard=(0, 1)):
         for start in range(0, self.count, batch_size)[shard[0] :: shard[1]]:
@@ -177,8 +180,8 @@ class TensorSource(ImageSource):
         images = images.cpu()
         for position, image in enumerate(images, start):
             self.records[position] = {"sha256": hashlib.sha256(image.contiguous().numpy()).hexdigest()}
-        if self._resize:
-            images = torch.stack([resize_image(image, self._resize) for image in images])
+        if self.resize:
+            images = torch.stack([resize_image(image, self.resize) for image in images])
         return ImageBatch(torch.arange(start, start + len(images)), with_channels(images, channels))
 
 
@@ -188,13 +191,11 @@ class ModelSource(TensorSource):
     def __init__(self, name: str, model: str, generation: Generation, resize: int | None = None):
         from ..models.teachers import load_pipeline
 
-        self._pipeline, self._generation, self._resize = load_pipeline(model), generation, resize
+        self._pipeline, self._generation = load_pipeline(model), generation
         self._generate((0, 1))  # refuses unsuitable settings before anything is drawn
         classes, num = self._pipeline.num_classes, generation.num
         labels = torch.arange(num) % classes if classes else None
-        shape = self._pipeline.sample_shape
-        shape = (shape[0], resize, resize) if resize else tuple(shape)
-        ImageSource.__init__(self, "model", name, shape, num, labels)
+        ImageSource.__init__(self, "model", name, self._pipeline.sample_shape, num, labels, resize)
 
     def _generate(self, shard):
         from ..generation import generate
@@ -241,7 +242,8 @@ def resolve(
     """Find out what a side is.
 
     Args:
-        side: uint8 tensor (N, C, H, W), or a pair of it and labels (N,); or a string or path: an image folder; a zip
+        side: uint8 tensor or array (N, C, H, W), or a pair of it and the classes (N,) of a sample whose class
+            proportions were fixed; or a string or path: an image folder; a zip
             archive of images; an ``.npz`` or ``.safetensors`` statistics file; ``images:FILE.npz`` for the images of a
             sample batch (arr_0); a dataset (``digits``, ``digits:heldout``); a folder with model_index.json; a teacher
             name, where ``model:digits`` means the teacher and a bare ``digits`` the dataset. Existing paths come first.
@@ -252,10 +254,8 @@ def resolve(
         DataError: nothing of that name, an empty folder, unusable images.
     """
     generation, reading = generation or Generation(), reading or Reading()
-    if isinstance(side, torch.Tensor):
-        return TensorSource("tensor", "the tensor", side, resize=reading.resize)
-    if isinstance(side, tuple):
-        return TensorSource("tensor", "the tensor", *side, resize=reading.resize)
+    if not isinstance(side, (str, Path)):
+        return _in_memory(side, reading)
     text = str(side)
     dataset, _, split = text.partition(":")
     if dataset in DATASETS and not Path(text).exists():
@@ -276,17 +276,46 @@ def resolve(
     raise DataError(_not_found(text))
 
 
-def _read_labels(files) -> torch.Tensor | None:
-    """Classes from dataset.json, in the form of EDM and StyleGAN: {"labels": [["000000.png", 3], …]}."""
+def _in_memory(side, reading: Reading) -> TensorSource:
+    images, *labels = side if isinstance(side, tuple) else (side,)
+    images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    if not isinstance(images, torch.Tensor) or len(labels) > 1:
+        raise DataError(
+            "A side is a name, a path, a uint8 tensor or array (N, C, H, W), or a pair of that and class labels; got "
+            f"{type(images).__name__ if len(labels) <= 1 else f'{1 + len(labels)} things'}."
+        )
+    if not labels or labels[0] is None:
+        return TensorSource("tensor", "the tensor", images, resize=reading.resize)
+    try:
+        classes = torch.as_tensor(labels[0])
+    except (TypeError, ValueError, RuntimeError):
+        classes = torch.zeros(0)
+    if classes.is_floating_point() or classes.is_complex():
+        raise DataError("Class labels must be integers, as many labels as images.")
+    return TensorSource("tensor", "the tensor", images, classes.cpu().long(), reading.resize)
+
+
+def _read_labels(files) -> tuple[torch.Tensor | None, str]:
+    """Classes from dataset.json, in the form of EDM and StyleGAN: {"labels": [["000000.png", 3], …]}; and a remark.
+
+    They only count if all classes are equally frequent, up to one image: then their proportions were fixed.
+    """
     data = files.side_file(LABELS_FILE)
     if data is None:
-        return None
+        return None, ""
     try:
-        labels = {str(name): int(label) for name, label in json.loads(data)["labels"] or []}
-    except (ValueError, KeyError, TypeError) as error:
+        entries = json.loads(data)["labels"] or []
+        labels = {name: label for name, label in entries if type(label) is int and 0 <= label < 2**31}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{LABELS_FILE} of {files.label} is not a list of labels: {error}.") from None
     known = torch.tensor([labels.get(name, -1) for name in files.names])
-    return known if bool((known >= 0).all()) else None
+    missing = int((known < 0).sum())
+    if missing:
+        return None, f"{LABELS_FILE} is not used: {missing} of {len(known)} images have no whole number in it"
+    sizes = known.unique(return_counts=True)[1]
+    if int(sizes.max() - sizes.min()) > 1:
+        return None, f"{LABELS_FILE} is not used: the classes are not equally frequent, hence were drawn independently"
+    return known, ""
 
 
 def _dataset(text: str, dataset: str, split: str, reading: Reading) -> TensorSource:

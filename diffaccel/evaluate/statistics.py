@@ -127,7 +127,7 @@ def load_sample_batch(path) -> torch.Tensor:
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise DataError(f"{path}: arr_0 must be uint8 (N, H, W, 3), got {images.dtype} of shape {images.shape}.")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def check_features(path, statistics: Statistics, identity: dict) -> None:
@@ -146,8 +146,9 @@ def check_features(path, statistics: Statistics, identity: dict) -> None:
     for key in ("name", "sha256", "preprocessing"):
         if recorded.get(key) != identity[key]:
             got = f"{recorded.get('name')} ({key} {recorded.get(key)})"
+            how = "; --filter and --preset choose" if key == "preprocessing" and identity["name"] == "inception" else ""
             raise DataError(
-                f"{path} was made with {got}, but {identity['name']} ({key} {identity[key]}) was asked for."
+                f"{path} was made with {got}, but {identity['name']} ({key} {identity[key]}) was asked for{how}."
             )
 
 
@@ -158,14 +159,15 @@ def _read_npz(path: Path, wanted: tuple[str, ...] = _KEYS) -> dict[str, np.ndarr
             raise DataError(f"{path} is not an .npz archive (pickles and .npy files are not read).")
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-        if sum(sizes.get(name, 0) for name in wanted) > _MAX_BYTES:
+        if wanted is _KEYS and sum(sizes.get(name, 0) for name in wanted) > _MAX_BYTES:
             raise DataError(f"{path} unpacks to more than {_MAX_BYTES >> 30} GiB; that is no statistics file.")
-        if "arr_0" in sizes and not sizes.keys() & {"mu", "m2", *wanted[:1]}:
+        if wanted is _KEYS and "arr_0" in sizes and not sizes.keys() & {"mu", "m2"}:
             raise DataError(
                 f"{path} is a batch of sample images (arr_0), not statistics; to use its images write images:{path}."
             )
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted if name in archive.files}
+            arrays = {name: archive[name] for name in wanted if name in archive.files}
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     except DataError:
         raise
     except OSError as error:
@@ -210,11 +212,13 @@ def _parse_header(path: Path, header: np.ndarray | None) -> dict:
         return {}
     try:
         parsed = json.loads(str(header[()]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: the header is not JSON.") from error
     features = parsed.get("features") if isinstance(parsed, dict) else None
     if not isinstance(features, dict) or parsed.get("schema") != _SCHEMA:
         raise DataError(f"{path}: the header is not of schema {_SCHEMA}.")
+    if not isinstance(features.get("name"), str) or not isinstance(parsed.get("source"), dict | None):
+        raise DataError(f"{path}: the header does not say what the features and the source are.")
     return parsed
 
 

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from ..core.errors import DataError, UsageError
-from .compare import digest
-from .report import Measurement, Report
+from .report import Measurement, Report, image_set
 
 _FLOOR = 1e-3  # scale of a number below which differences count as if it were this large
 
@@ -48,6 +47,8 @@ def verify_report(
     fake=None,
     real=None,
     features: str | None = None,
+    unverified: bool = False,
+    download: bool = False,
     tolerance: float = 1e-6,
     evaluate: Callable[..., Report] | None = None,
 ) -> Verification:
@@ -57,6 +58,8 @@ def verify_report(
         report: what to check.
         fake, real: where that side is now, if not where it was; any side of `run.evaluate_images`.
         features: must name the class of a report that used one ("module:pkg.mod:Class"), since verifying runs its code.
+        unverified: accept that the report did not insist on published weights.
+        download: allow weights to be fetched; what the report allowed does not count.
         tolerance: largest difference of two numbers, relative to the largest of value and interval limits.
         evaluate: used in place of `run.evaluate_images`.
 
@@ -68,6 +71,11 @@ def verify_report(
     if not tolerance >= 0:
         raise UsageError(f"The tolerance must be 0 or more, got {tolerance}.")
     settings = _settings(report, {"fake": fake, "real": real})
+    if settings.get("verify") is False and not unverified:
+        raise UsageError(
+            "The report used weights other than the published ones; if that is right, add --unverified-weights."
+        )
+    settings["download"] = download
     used = str(settings.get("features"))
     if used.startswith("module:") and used != features:
         raise UsageError(
@@ -112,7 +120,7 @@ def _sides(old: Report, new: Report) -> list[str]:
         before, after = getattr(old, key), getattr(new, key)
         if (before is None) != (after is None):
             found.append(f"the {key} side is {'new' if before is None else 'gone'}")
-        elif before is not None and [before.get("count"), digest(before)] != [after.get("count"), digest(after)]:
+        elif before is not None and [before.get("count"), image_set(before)] != [after.get("count"), image_set(after)]:
             found.append(f"the {key} images changed: {_images(before)}, now {_images(after)}")
     return found
 
@@ -120,7 +128,7 @@ def _sides(old: Report, new: Report) -> list[str]:
 def _images(side: dict) -> str:
     count = "an unknown number of" if side.get("count") is None else side["count"]
     what = "files" if side.get("kind") in ("folder", "zip") else "images"
-    return f"{count} {what} with {f'digest {digest(side)[:12]}…' if digest(side) else 'no digest'}"
+    return f"{count} {what} with {f'digest {image_set(side)[:12]}…' if image_set(side) else 'no digest'}"
 
 
 def _features(old: list[dict], new: list[dict]) -> list[str]:

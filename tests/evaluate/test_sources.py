@@ -54,7 +54,7 @@ def test_dataset_names(name, split):
     assert source.kind == "dataset"
     assert torch.equal(_images(source), load_digits(split)[0])
     assert torch.equal(source.labels, load_digits(split)[1])
-    assert source.describe(source.records)["classes"] == 10
+    assert source.describe(source.records)["fixed_mix_of_classes"] == 10
 
 
 def test_digest_depends_on_pixels_only():
@@ -188,6 +188,8 @@ def test_a_model_prefix_means_the_teacher_even_where_a_dataset_has_the_name():
 
 def test_labels_beside_the_images_balance_the_jackknife(tmp_path):
     images, labels = load_digits("heldout")
+    turns = torch.stack([(labels == k).nonzero()[:30, 0] for k in range(10)], dim=1).flatten()
+    images, labels = images[turns], labels[turns]
     names = [f"{index:04d}.png" for index in range(len(images))]
     for name, image in zip(names, images, strict=True):
         save_png(image, tmp_path / name)
@@ -197,6 +199,18 @@ def test_labels_beside_the_images_balance_the_jackknife(tmp_path):
     assert labelled.value == pytest.approx(plain.value, rel=1e-6)  # other groups, other rounding
     assert labelled.bias_corrected == pytest.approx(in_memory.bias_corrected, rel=1e-6)
     assert labelled.bias_corrected != pytest.approx(plain.bias_corrected, abs=1e-3)
+    drawn = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+    drawn[0][1], drawn[1][1] = 5, 5  # no longer equally frequent: independent draws
+    for content in (
+        {"labels": drawn},
+        {"labels": drawn[1:]},
+        {"labels": [[n, [0.5]] for n in names]},
+        {"labels": None},
+    ):
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        unused = evaluate_fid(tmp_path, "digits")
+        assert unused.bias_corrected == plain.bias_corrected
+        assert any("dataset.json is not used" in warning for warning in unused.warnings)
     (tmp_path / "dataset.json").write_text("[1, 2")
     with pytest.raises(DataError, match=r"dataset\.json"):
         evaluate_fid(tmp_path, "digits")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...core.errors import DataError, UsageError
+from ...core.errors import DataError, NumericalError, UsageError
 
 _CACHED_PIXELS = 2**15  # per call on a CPU: beyond, activations leave its caches and every layer waits for memory
+_MOST_PIXELS = 2**24  # per call anywhere: a gigabyte of first activations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +38,7 @@ class FeatureExtractor(nn.Module):
     input_size: int | None = None
     num_classes: int | None = None
     preprocessing: str
-    _dtype = "float32"
+    _dtype, _compiled = "float32", False
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
         """Stay in evaluation mode: features that depend on the batch or on dropout would not define a metric."""
@@ -57,8 +58,8 @@ class FeatureExtractor(nn.Module):
         if dtype not in DTYPES:
             raise UsageError(f"Features are computed in {' or '.join(DTYPES)}, not {dtype}.")
         self._dtype = dtype
-        if compile:
-            self.extract = torch.compile(self.extract)
+        if compile and not self._compiled:
+            self.extract, self._compiled = torch.compile(self.extract), True
         return self.to(device)
 
     @torch.no_grad()
@@ -71,6 +72,7 @@ class FeatureExtractor(nn.Module):
         Raises:
             UsageError: not uint8 (floats would be read on an unknown scale).
             DataError: another number of channels or another size.
+            NumericalError: NaN or infinite features.
         """
         if isinstance(images, torch.Tensor):
             return self._extract(images)
@@ -94,13 +96,19 @@ class FeatureExtractor(nn.Module):
         if len(images) == 0:
             return torch.zeros(0, self.num_features, device=images.device)
         with torch.autocast(images.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):
-            return torch.cat([self.extract(part).float() for part in images.split(self._part(images))])
+            features = torch.cat([self.extract(part).float() for part in images.split(self._part(images))])
+        if not bool(torch.isfinite(features).all()):
+            raise NumericalError(f"{self.name} gives NaN or infinite features; check the images and the extractor.")
+        return features
 
     def _part(self, images: torch.Tensor) -> int:
-        """Images per call of `extract`; extractors that resize choose for themselves."""
-        if images.device.type != "cpu" or self.resizes:
-            return len(images)
-        return max(1, _CACHED_PIXELS // (images.shape[2] * images.shape[3]))
+        """Images per call of `extract`; of the size they are resized to, extractors that do so take care themselves."""
+        most = _CACHED_PIXELS if images.device.type == "cpu" and not self.resizes else _MOST_PIXELS
+        return max(1, most // (images.shape[2] * images.shape[3]))
+
+    def _apply(self, fn, recurse: bool = True):
+        # torchmetrics' set_dtype would turn the weights into doubles, and with them into other features.
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
     def device(self) -> torch.device:

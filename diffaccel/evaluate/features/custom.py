@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import nn
 
-from ...core.errors import DataError, DiffaccelError, NumericalError, UsageError
+from ...core.errors import DataError, DiffaccelError, UsageError
 from ...core.files import sha256_file
 from .base import FeatureExtractor
 
@@ -54,7 +54,7 @@ def custom_features(name: str, **options) -> FeatureExtractor:
 class _Checked(FeatureExtractor):
     """What every class of a user gets: checks of its features, and an identity that covers its code."""
 
-    _source = ""
+    _source, _independent = "", False
 
     def _extract(self, images: torch.Tensor) -> torch.Tensor:
         shape = tuple(images.shape)
@@ -71,8 +71,14 @@ class _Checked(FeatureExtractor):
                 f"{self.name} returns features of shape {tuple(features.shape)} for {len(images)} images; expected "
                 f"({len(images)}, {self.num_features}), as its num_features says."
             )
-        if not bool(torch.isfinite(features).all()):
-            raise NumericalError(f"{self.name} returns NaN or infinite features for images of shape {shape}.")
+        if len(images) > 1 and not self._independent:
+            alone = super()._extract(images[:1])[0]
+            if not torch.allclose(alone, features[0], rtol=0.05, atol=0.05 * float(features[0].abs().mean())):
+                raise UsageError(
+                    f"{self.name} gives an image other features in another batch, so no distance would have a meaning; "
+                    "use layers in evaluation mode, such as BatchNorm with running statistics."
+                )
+            self._independent = True
         return features
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,8 @@ def frechet_estimate(
 ) -> Estimate:
     """Distance between two sides with its uncertainty; a `Gaussian` side (statistics file) counts as exact.
 
-    No interval is given when both sides are exact, or a sampled side has too few samples (see `jackknife.enough`).
+    No interval and no correction is given when both sides are exact, or a sampled side has too few samples: no more
+    than features, where the bias is no longer a series in 1/N and the jackknife fails, or see `jackknife.enough`.
 
     Args:
         interval: compute the distances with one group deleted, 10 more per sampled side.
@@ -124,13 +125,19 @@ def frechet_estimate(
         )
     value = distance(whole_real, whole_fake)
     sampled = [(s, o) for s, o in ((fake, whole_real), (real, whole_fake)) if not isinstance(s, Gaussian)]
-    if not interval or not all(enough(side.counts) for side, _ in sampled):
+    usable = all(side.count > side.num_features and enough(_sizes(side)) for side, _ in sampled)
+    if not interval or not usable:
         return Estimate(value)
-    return combine(value, [(_deleted(side, other), ratios(side.counts)) for side, other in sampled])
+    return combine(value, [(_deleted(side, other), ratios(_sizes(side))) for side, other in sampled])
+
+
+def _sizes(side: GroupedMoments) -> list[int]:
+    """Of the groups that have samples."""
+    return [count for count in side.counts if count]
 
 
 def _deleted(side: GroupedMoments, other: Gaussian) -> list[float]:
-    return [distance(other, side.without(index).gaussian()) for index in range(side.groups)]
+    return [distance(other, side.without(index).gaussian()) for index, count in enumerate(side.counts) if count]
 
 
 def fd_infinity(
@@ -176,7 +183,7 @@ def fd_infinity(
     for step, size in enumerate(torch.linspace(smallest, count, points).round().long().tolist()):
         chosen = stratified_order(labels, count, KeyedRandom(seed), "FD infinity", step)[:size]
         part = GroupedMoments(d).update(features[chosen.to(features.device)], groups[chosen])
-        sizes.append([size] + [size - left_out for left_out in part.counts])
+        sizes.append([size] + [size - left_out for left_out in _sizes(part)])
         values.append([distance(real, part.total().gaussian())] + (_deleted(part, real) if interval else []))
     lines = zip(zip(*sizes, strict=True), zip(*values, strict=True), strict=False)  # of all, then without each group
     value, *deleted = [_intercept(*line) for line in lines]
