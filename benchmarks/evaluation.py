@@ -25,7 +25,7 @@ from diffaccel.core.rng import KeyedRandom
 from diffaccel.evaluate.features import get_features
 from diffaccel.evaluate.run import evaluate_fid, write_statistics
 
-IMAGES, SIZE, ROUNDS = 2000, 128, 5
+SIZES, ROUNDS = {32: 4000, 128: 1000, 512: 300}, 5
 
 
 def pictures(folder: Path, count: int, size: int) -> None:
@@ -55,28 +55,29 @@ def ours(folder: Path, reference: Path, **settings) -> float:
     return time.perf_counter() - started
 
 
-def throughput(folder: Path) -> None:
+def throughput(folder: Path, size: int) -> None:
     """Print images per second of both, and the ratio."""
     extractor, files = get_features("random-conv"), sorted(folder.iterdir())
-    write_statistics(folder, folder.parent / "ref.npz", "random-conv")
+    reference = folder.parent / f"ref-{size}.npz"
+    write_statistics(folder, reference, "random-conv")
     ways = {
         "torchmetrics, one by one": lambda: loop(files, extractor, 1),
         "torchmetrics, batches of 64": lambda: loop(files, extractor, 64),
-        "diffaccel, no workers": lambda: ours(folder, folder.parent / "ref.npz", workers=0),
-        "diffaccel, default": lambda: ours(folder, folder.parent / "ref.npz"),
-        "diffaccel, 2 workers": lambda: ours(folder, folder.parent / "ref.npz", workers=2),
+        "diffaccel, no workers": lambda: ours(folder, reference, workers=0),
+        "diffaccel, 1 worker": lambda: ours(folder, reference, workers=1),
+        "diffaccel, 2 workers": lambda: ours(folder, reference, workers=2),
     }
     seconds = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
             seconds[name].append(way())
-    best = statistics.median(seconds["torchmetrics, batches of 64"])
-    rows = []
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        rows.append([name, f"{len(files) / middle:.0f}", f"{best / middle:.2f}"])
-    print(f"{len(files)} PNG files of {SIZE}×{SIZE}, features random-conv, median of {ROUNDS} alternating rounds")
-    print(table(["", "images/s", "against batches"], rows))
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [
+        [name, f"{len(files) / value:.0f}", *(f"{middle[loop] / value:.2f}" for loop in list(middle)[:2])]
+        for name, value in middle.items()
+    ]
+    print(f"{len(files)} PNG files of {size}×{size}, features random-conv, median of {ROUNDS} alternating rounds")
+    print(table(["", "images/s", "× one by one", "× batches"], rows), "\n")
 
 
 def memory(parent: Path) -> None:
@@ -97,8 +98,9 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        pictures(Path(scratch) / "pictures", IMAGES, SIZE)
-        throughput(Path(scratch) / "pictures")
+        for size, count in SIZES.items():
+            pictures(Path(scratch) / f"pictures-{size}", count, size)
+            throughput(Path(scratch) / f"pictures-{size}", size)
         memory(Path(scratch))
 
 

@@ -74,13 +74,16 @@ def _metrics():
 def _presets():
     from ..evaluate.presets import PRESETS
 
-    return [{"name": p.name, "features": p.features, "filter": p.resize, "what": p.summary} for p in PRESETS.values()]
+    return [
+        {"name": p.name, "filter": p.resize, "what": p.summary, "read": p.source, "differences": list(p.remarks)}
+        for p in PRESETS.values()
+    ]
 
 
 def _filters():
     from ..evaluate.features.resize import FILTERS
 
-    return [{"name": f.name, "what": f.summary} for f in FILTERS.values()]
+    return [{"name": f.name, "what": f.summary, "used by": ", ".join(f.used_by)} for f in FILTERS.values()]
 
 
 def _divergences():
@@ -117,4 +120,5 @@ def show(
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
-        typer.echo(table(list(rows[0]), [list(row.values()) for row in rows]))
+        short = [key for key, value in rows[0].items() if not isinstance(value, list)]  # lists are for --json
+        typer.echo(table(short, [[row[key] for key in short] for row in rows]))

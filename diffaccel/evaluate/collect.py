@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
+from torch.nn.functional import avg_pool2d
 
-from ..core.images import resize_image
 from ..core.processes import Processes
 from .features import FeatureExtractor
 from .groups import GROUPS, assign_groups
@@ -183,8 +183,7 @@ def _merged(processes: Processes, sums):
 
 def _small(image: torch.Tensor) -> torch.Tensor:
     """The image, or a reduced copy; never a view, which would keep its whole batch in memory."""
-    height, width = image.shape[1:]
-    scale = _SHOWN_SIZE / max(height, width)
-    if scale >= 1:
+    factor = -(-max(image.shape[1:]) // _SHOWN_SIZE)
+    if factor == 1:
         return image.clone()
-    return resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    return avg_pool2d(image[None].float(), factor, ceil_mode=True)[0].round().to(torch.uint8)

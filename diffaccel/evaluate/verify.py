@@ -83,7 +83,14 @@ def verify_report(
         )
     if evaluate is None:
         from .run import evaluate_images as evaluate
-    repeated = evaluate(**settings)
+    try:
+        repeated = evaluate(**settings)
+    except DataError as error:
+        if "does not exist" in str(error):
+            raise DataError(
+                f"{error} Relative paths of a report start where it was made; name the sides again with --fake and --real."
+            ) from None
+        raise
     differences = [
         *_sides(report, repeated),
         *_features(report.features, repeated.features),

@@ -8,35 +8,54 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from diffaccel.core.images import save_png
+from diffaccel.evaluate.run import evaluate_images
+from diffaccel.models.data import load_digits
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SETTINGS = ["--steps", "3", "--set", "trainer.batch_size=8", "--set", "method.critic_warmup=0", "--device", "cpu", "-q",
             "--set", "trainer.optimizers.student.lr=1e-4"]  # fmt: skip
 
 
-def _torchrun(processes: int, command: list) -> subprocess.CompletedProcess:
+def _torchrun(processes: int, command: list, check: bool = True) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    return subprocess.run([*launcher, *command], check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run([*launcher, *command], check=check, env=ENVIRONMENT, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_evaluation_is_shared(tmp_path, processes):
-    from diffaccel.core.images import save_png
-    from diffaccel.evaluate.run import evaluate_images
-    from diffaccel.models.data import load_digits
+    from encoders import save_clip
 
+    save_clip(tmp_path / "clip")
     (tmp_path / "images").mkdir()
     for index, image in enumerate(load_digits("train")[0][:700]):  # three blocks
         save_png(image, tmp_path / "images" / f"{index:04d}.png")
     (tmp_path / "images" / "0300.png").write_bytes(b"")
-    metrics = ("fid", "kid", "prdc", "is")
-    alone = evaluate_images(tmp_path / "images", "digits", metrics, skip_bad=True, fd_infinity=True)
+    metrics = ("fid", "kid", "prdc", "is", "cmmd")
+    settings = {"skip_bad": True, "fd_infinity": True, "clip_weights": str(tmp_path / "clip")}
+    alone = evaluate_images(tmp_path / "images", "digits", metrics, **settings)
     command = ["-m", "diffaccel", "evaluate", "all", tmp_path / "images", "digits", "--metrics", ",".join(metrics)]
-    done = _torchrun(processes, [*command, "--skip-bad", "--fd-infinity", "--device", "cpu", "--json"])
-    together = json.loads(done.stdout)
+    options = ["--skip-bad", "--fd-infinity", "--clip-weights", tmp_path / "clip", "--device", "cpu", "--json"]
+    together = json.loads(_torchrun(processes, [*command, *options]).stdout)
     assert together["fake"] == alone.fake and together["environment"]["processes"] == processes
     for mine, theirs in zip(alone.results, together["results"], strict=True):
-        assert theirs["value"] == pytest.approx(mine.value, rel=1e-8, abs=1e-10), mine.metric
+        assert _numbers(theirs) == pytest.approx(_numbers(mine.to_dict()), rel=1e-8, abs=1e-9), mine.metric
+
+
+def _numbers(result: dict) -> list[float]:
+    numbers = [result["value"], result["bias_corrected"], result["deviation"], *(result["ci95"] or ())]
+    return [number for number in numbers if number is not None]
+
+
+def test_a_failure_of_one_process_ends_all_with_one_sentence(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(load_digits("train")[0][:300]):
+        save_png(image, tmp_path / "images" / f"{index:04d}.png")
+    (tmp_path / "images" / "0290.png").write_bytes(b"")  # the second process reads it
+    command = ["-m", "diffaccel", "evaluate", "fid", tmp_path / "images", "digits", "--device", "cpu"]
+    done = _torchrun(2, command, check=False)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("0290.png: the file is empty") == 1 and "exitcode  : 3" in done.stderr
 
 
 @pytest.mark.slow

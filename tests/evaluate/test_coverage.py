@@ -89,3 +89,23 @@ def test_clip_distance():
     results = [cmmd(*pair) for pair in pairs]
     assert 0.88 <= _share(results, truth) <= 0.99
     assert sum(result.value for result in results) / REPETITIONS > truth
+
+
+def test_kernel_distance_of_fixed_class_proportions():
+    centres = 3 * torch.randn(10, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(300) % 10
+    groups = assign_groups(labels, 300)
+    results = []
+    for seed in range(REPETITIONS):
+        fake, real = (centres[labels] + _normal(300, seed + offset) for offset in (0, 10_000))
+        results.append(kid(fake, real, groups, groups, fixed_mix=True))
+    bias = sum(result.value for result in results) / REPETITIONS
+    left = sum(result.bias_corrected for result in results) / REPETITIONS
+    assert bias < 0 and abs(left) < 0.1 * abs(bias)  # the truth is 0
+    assert _share(results, 0.0) >= 0.88
+
+
+def test_no_interval_rather_than_a_wrong_one():
+    assert _frechet(*_pair(D, 300, 0)).ci95 is None and _frechet(*_pair(D, 300, 0)).bias_corrected is None
+    results = [_frechet(*_pair(2 * D, 300, seed)) for seed in range(REPETITIONS)]
+    assert _share(results, FRECHET) >= 0.88

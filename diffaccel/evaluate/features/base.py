@@ -92,7 +92,8 @@ class FeatureExtractor(nn.Module):
             size = "×".join(map(str, self.image_size)) if self.image_size else "H×W"
             got = "×".join(map(str, images.shape[1:]))
             raise DataError(f"{self.name} reads {self.channels}×{size} images (channels×height×width), got {got}.")
-        images = images.to(self.device)
+        # Pixels together in memory: convolutions of three channels run up to three times as fast on CPUs.
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         if len(images) == 0:
             return torch.zeros(0, self.num_features, device=images.device)
         with torch.autocast(images.device.type, DTYPES[self._dtype], enabled=self._dtype != "float32"):

@@ -42,6 +42,7 @@ class InceptionFeatures(FeatureExtractor):
         with torch.device("meta"):  # the loaded tensors become the parameters: no second copy, no initialisation
             self.net = InceptionNet()
         self.net.load_state_dict(load_inception_weights(self.net.state_dict(), weights, verify), assign=True)
+        self.net.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
 
@@ -58,7 +59,8 @@ class InceptionFeatures(FeatureExtractor):
     def _input(self, images: torch.Tensor) -> torch.Tensor:
         grey = self._filter.inception_grey
         with torch.autocast(images.device.type, enabled=False):  # pixels keep their 8 bits under bfloat16
-            return (self._filter.apply(images, INPUT_SIZE) - grey) / grey
+            pixels = (self._filter.apply(images, INPUT_SIZE) - grey) / grey
+            return pixels.contiguous(memory_format=torch.channels_last)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Class scores (N, 1008) without the bias of the last layer.

@@ -48,5 +48,5 @@ class RandomConvFeatures(FeatureExtractor):
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         x = to_unit_range(images)
         for layer in self.layers:
-            x = F.avg_pool2d(F.relu(layer(x)), 2, ceil_mode=True)
+            x = F.avg_pool2d(F.relu(layer(x), inplace=True), 2, ceil_mode=True)
         return _SCALE * F.adaptive_avg_pool2d(x, _POOLED).flatten(1)
