@@ -13,8 +13,10 @@ from .groups import assign_groups
 from .measure import METRICS, NEEDED, UNUSED, Metric
 from .moments import GroupedMoments
 from .settings import Settings
-from .sources import ImageSource, StatisticsSource, resolve
+from .sources import ImageSource, ModelSource, StatisticsSource, resolve
 from .statistics import check_features
+
+_DRAWING = ("num", "steps", "sampler", "batch_size")  # settings of models only
 
 
 @dataclass
@@ -64,6 +66,9 @@ def make_plan(sides: dict, extractor: FeatureExtractor | None, used: Settings, d
             _add_needs(plan, metric, key, used)
     _check_sizes(plan)
     _check_counts(plan, used)
+    if not any(isinstance(source, ModelSource) for source in sources.values()):
+        given = [name for name in _DRAWING if getattr(used, name) != getattr(Settings, name)]
+        plan.warnings += [f"{name.replace('_', '-')} has no effect: no side is a model" for name in given]
     return plan
 
 

@@ -126,7 +126,9 @@ class FeatureExtractor(nn.Module):
         Raises:
             UsageError: the extractor has no classes.
         """
-        raise UsageError(f"{self.name} has no classes; the Inception Score needs features of a classifier.")
+        raise UsageError(
+            f"{self.name} has no classes; the Inception Score needs those of a classifier: inception, or digits64."
+        )
 
     def weights_sha256(self) -> str:
         """SHA-256 over names, shapes, types and bytes of all weights."""

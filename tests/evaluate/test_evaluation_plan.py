@@ -175,10 +175,12 @@ def _digits():
 
 
 def test_settings_without_effect_are_named():
-    report = evaluate_images("digits:heldout", "digits", ("fid",), k=3, splits=2)
-    assert {"k has no effect without the metric prdc", "splits has no effect without the metric is"} <= set(
-        report.warnings
-    )
+    report = evaluate_images("digits:heldout", "digits", ("fid",), k=3, splits=2, steps=4)
+    assert set(report.warnings) == {
+        "k has no effect without the metric prdc",
+        "splits has no effect without the metric is",
+        "steps has no effect: no side is a model",
+    }
 
 
 def test_scores_warn_of_few_images_and_count_their_parts():
