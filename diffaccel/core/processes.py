@@ -3,6 +3,7 @@
 Only tensors and JSON travel, never pickles.
 """
 
+import atexit
 import json
 import math
 import os
@@ -50,6 +51,8 @@ class Processes:
 
             state = PartialState(cpu=self.device.type == "cpu")  # starts torch.distributed where it was not
             self.device = state.device
+            # A process that just ends may abort in gloo's threads, and with it the job, whatever its exit code was.
+            atexit.register(state.destroy_process_group)
 
     def agree(self, work: Callable[[], Result]) -> Result:
         """Call ``work`` on every process and return its result; if it fails on one, all of them raise that error."""
