@@ -37,8 +37,8 @@ def evaluate_images(
 
     Args:
         fake, real: see `sources.resolve`: folder, zip, statistics file, dataset, model, uint8 tensor (N, C, H, W), or
-            a pair of it and labels (N,): known classes make the interval narrower and the correction right. ``real``
-            may be None for metrics that need no reference.
+            a pair of it and the classes (N,) of a sample whose class proportions were fixed, which the correction and
+            the interval must know. ``real`` may be None for metrics that need no reference.
         metrics: names in `measure.METRICS`: fid, kid, prdc, is, cmmd, clip.
         features: see `settings.Settings`; or an extractor.
         progress: draw a bar on stderr, on a terminal.
