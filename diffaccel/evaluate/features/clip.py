@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from ...core.errors import DataError, MissingWeightsError, UsageError
-from .base import DTYPES, FeatureExtractor
-from .pretrained import Architecture, find_folder, load_model, quiet_transformers, tensor_files, tensors_sha256
+from .base import DTYPES
+from .pretrained import Architecture, PretrainedFeatures, quiet_transformers
 from .resize import resize
 
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -18,7 +18,7 @@ _SLICE = 64  # images or texts at once
 _LEGACY_END = 2  # in configurations of OpenAI's models: the end token is the one with the highest number
 
 
-class ClipFeatures(FeatureExtractor):
+class ClipFeatures(PretrainedFeatures):
     """Projected image embeddings of CLIP, not normalised, 768 numbers for the default ViT-L/14@336 (Radford et al. 2021).
 
     The central square is resized and rounded to bytes, as the code of CMMD does (Jayasumana et al. 2024). transformers
@@ -36,14 +36,11 @@ class ClipFeatures(FeatureExtractor):
     """
 
     name = "clip"
-    channels = 3
-    resizes = True
+    architecture, mean, deviation = CLIP, _MEAN, _DEVIATION
 
     def __init__(self, weights=None, download: bool = False, crop: bool = True):
         super().__init__()
-        self._folder = find_folder(CLIP, weights, download)
-        self._sha256 = tensors_sha256(tensor_files(self._folder, CLIP))
-        self.model = load_model(self._folder, CLIP)
+        self._folder = self._open(weights, download)
         vision = self.model.config.vision_config
         if vision.num_channels != self.channels or not isinstance(vision.image_size, int):
             raise DataError(f"{self._folder} does not read square RGB images; expected a model like {CLIP.default}.")
@@ -53,9 +50,6 @@ class ClipFeatures(FeatureExtractor):
             f"uint8 RGB, {'central square, ' if crop else ''}bicubic-antialias to {self.input_size}×{self.input_size}, "
             "rounded to 0–255, /255, CLIP's mean and deviation"
         )
-        self.register_buffer("_mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("_deviation", torch.tensor(_DEVIATION).view(3, 1, 1), persistent=False)
-        self.eval()
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         # Not get_image_features: its return type changed between versions of transformers.
@@ -70,7 +64,7 @@ class ClipFeatures(FeatureExtractor):
             images = images[:, :, top : top + side, left : left + side]
         with torch.autocast(images.device.type, enabled=False):  # pixels keep their 8 bits under bfloat16
             pixels = resize(images, self.input_size, "bicubic-antialias").round().clamp(0, 255)
-            return (pixels / 255 - self._mean) / self._deviation
+            return self._normalised(pixels)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
@@ -117,10 +111,6 @@ class ClipFeatures(FeatureExtractor):
                     f"{ids[-1]}, expected {end}; take both from one repository."
                 )
         return tokens
-
-    def weights_sha256(self) -> str:
-        """SHA-256 over the tensors in the files (see `pretrained.tensors_sha256`)."""
-        return self._sha256
 
 
 def _load_tokenizer(folder: Path):

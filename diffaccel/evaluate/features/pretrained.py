@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...core.errors import DataError, MissingWeightsError
+from .base import FeatureExtractor
 
 _CONFIG, _TENSORS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -34,6 +35,38 @@ class Architecture:
     default: str
     option: str
     extras: tuple[str, ...] = ()
+
+
+class PretrainedFeatures(FeatureExtractor):
+    """What extractors from model folders share: opening one, the scale of its pixels, and its identity.
+
+    Attributes:
+        architecture: what the folder must hold.
+        mean, deviation: of the training images per channel, pixels on [0, 1].
+    """
+
+    channels = 3
+    resizes = True
+    architecture: Architecture
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+    def _open(self, weights, download: bool) -> Path:
+        """Find the folder, load its model in evaluation mode, and return the folder."""
+        folder = find_folder(self.architecture, weights, download)
+        self._sha256 = tensors_sha256(tensor_files(folder, self.architecture))
+        self.model = load_model(folder, self.architecture)
+        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_deviation", torch.tensor(self.deviation).view(3, 1, 1), persistent=False)
+        self.eval()
+        return folder
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels / 255 - self._mean) / self._deviation
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the tensors in the files (see `tensors_sha256`)."""
+        return self._sha256
 
 
 def find_folder(architecture: Architecture, weights=None, download: bool = False) -> Path:

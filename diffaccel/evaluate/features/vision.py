@@ -4,8 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ...core.errors import DataError
-from .base import FeatureExtractor
-from .pretrained import Architecture, find_folder, load_model, tensor_files, tensors_sha256
+from .pretrained import Architecture, PretrainedFeatures
 from .resize import resize
 
 DINOV2 = Architecture("Dinov2Model", "dinov2", "facebook/dinov2-large", "--weights FOLDER")
@@ -15,7 +14,7 @@ _OFFSET = 0.1
 _SLICE = 64  # images at once; the hidden layers of ViT-L take 4 MB for each
 
 
-class DinoV2Features(FeatureExtractor):
+class DinoV2Features(PretrainedFeatures):
     """Class token of DINOv2 after the last layer norm, 1024 numbers for the default ViT-L/14 (Oquab et al. 2023).
 
     Images are squeezed to 224×224 in the way of EDM2 (Karras et al. 2024), whose FD-DINOv2 this reproduces; Stein et
@@ -31,8 +30,7 @@ class DinoV2Features(FeatureExtractor):
     """
 
     name = "dinov2"
-    channels = 3
-    resizes = True
+    architecture, mean, deviation = DINOV2, _MEAN, _DEVIATION
     input_size = _SIZE
     preprocessing = (
         f"uint8 RGB, bicubic-antialias to {_SIZE}×{_SIZE}, /255, ImageNet mean and deviation, "
@@ -41,16 +39,11 @@ class DinoV2Features(FeatureExtractor):
 
     def __init__(self, weights=None, download: bool = False):
         super().__init__()
-        folder = find_folder(DINOV2, weights, download)
-        self._sha256 = tensors_sha256(tensor_files(folder, DINOV2))
-        self.model = load_model(folder, DINOV2)
+        folder = self._open(weights, download)
         self.num_features = self.model.config.hidden_size
         if self.model.config.num_channels != self.channels:
             raise DataError(f"{folder} reads {self.model.config.num_channels}-channel images; expected 3 (RGB).")
         self._fix_positions()
-        self.register_buffer("_mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("_deviation", torch.tensor(_DEVIATION).view(3, 1, 1), persistent=False)
-        self.eval()
 
     @torch.no_grad()
     def _fix_positions(self) -> None:
@@ -76,8 +69,4 @@ class DinoV2Features(FeatureExtractor):
 
     def _input(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(images.device.type, enabled=False):  # pixels keep their 8 bits under bfloat16
-            return (resize(images, _SIZE, "bicubic-antialias") / 255 - self._mean) / self._deviation
-
-    def weights_sha256(self) -> str:
-        """SHA-256 over the tensors in the files (see `pretrained.tensors_sha256`)."""
-        return self._sha256
+            return self._normalised(resize(images, _SIZE, "bicubic-antialias"))
