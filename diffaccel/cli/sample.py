@@ -80,7 +80,9 @@ def sample(
         note("Note: this student was trained for one step; more steps make its images worse.")
     import torch
 
-    _check_device(device)
+    from ..core.processes import usable_device
+
+    device = device and str(usable_device(device))
     from ..core.files import write_atomic
     from ..core.images import save_grid, save_png
     from ..evaluate.sources import LABELS_FILE
@@ -127,15 +129,6 @@ def sample(
         typer.echo(f"{written} images in {result['seconds']} s: {', '.join(places.values())}")
         if output is not None and sys.stderr.isatty():
             note(f"Next: diffaccel evaluate fid {output} digits")
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {device!r} is not a device that torch can use here; try cpu.") from None
 
 
 def _classes(text: str | None) -> list[int] | None:

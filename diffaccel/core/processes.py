@@ -45,7 +45,7 @@ class Processes:
 
     def __init__(self, device: str = "auto", together: bool = True):
         self.rank, self.world = rank_and_world() if together else (0, 1)
-        self.device = _device(device)
+        self.device = usable_device(device)
         if self.world > 1:
             from accelerate import PartialState
 
@@ -110,13 +110,17 @@ class Processes:
         return [part.cpu() for part in found]
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The torch device of that name, "auto" for CUDA where there is one.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError, …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"The device {name!r} cannot be used here: {reason}") from None
+    except Exception:  # torch raises RuntimeError, AssertionError, NotImplementedError, …
+        raise UsageError(f"--device {name!r} is not a device that torch can use here; try cpu.") from None
     return device

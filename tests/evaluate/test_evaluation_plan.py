@@ -140,7 +140,7 @@ def test_an_extractor_is_used_as_it_is(options, sentence):
 
 def test_devices_that_are_not_there_are_refused():
     for name in ("abacus", "cuda:99"):
-        with pytest.raises(UsageError, match=f"The device '{name}' cannot be used here"):
+        with pytest.raises(UsageError, match=f"'{name}' is not a device that torch can use here"):
             evaluate_fid("digits:heldout", "digits", device=name)
 
 
