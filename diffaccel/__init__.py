@@ -11,6 +11,11 @@ from ._registration import install as _install
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "APG": "diffaccel.guidance.rules",
+    "AutoGuidance": "diffaccel.guidance.rules",
+    "CFG": "diffaccel.guidance.rules",
+    "CFGPlusPlus": "diffaccel.guidance.rules",
+    "CFGZeroStar": "diffaccel.guidance.rules",
     "ClassConditionalPipeline": "diffaccel.models.pipeline",
     "DDIMScheduler": "diffaccel.samplers.scheduler",
     "DEISScheduler": "diffaccel.samplers.scheduler",
@@ -20,11 +25,17 @@ _PUBLIC = {
     "IPNDMScheduler": "diffaccel.samplers.scheduler",
     "RhoRKScheduler": "diffaccel.samplers.scheduler",
     "UniPCScheduler": "diffaccel.samplers.scheduler",
+    "Interval": "diffaccel.guidance.rules",
+    "PerpNeg": "diffaccel.guidance.rules",
+    "Rescale": "diffaccel.guidance.rules",
+    "disable_guidance": "diffaccel.guidance.attach",
     "distill_model": "diffaccel.distillation",
+    "enable_guidance": "diffaccel.guidance.attach",
     "evaluate_fid": "diffaccel.evaluate.run",
     "evaluate_images": "diffaccel.evaluate.run",
     "generate": "diffaccel.generation",
     "get_sampler": "diffaccel.samplers.registry",
+    "guide": "diffaccel.guidance.attach",
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
     # diffusers decides how to load a third-party component by looking for these names beside its class.

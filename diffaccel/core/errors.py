@@ -26,6 +26,10 @@ class UsageError(DiffaccelError, ValueError):
     exit_code = 2
 
 
+class GuidanceError(UsageError):
+    """A pipeline, scheduler or call that a guidance rule cannot act on exactly."""
+
+
 class DataError(DiffaccelError, ValueError):
     """Input files that are missing, empty, damaged or of the wrong kind."""
 

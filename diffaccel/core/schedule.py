@@ -355,6 +355,16 @@ def from_diffusers(scheduler) -> NoiseSchedule:
     return _edm(config) if kind == "edm" else _vp(config)
 
 
+def network_output(config: Mapping) -> str:
+    """What the network of a scheduler's configuration predicts, by its name in `core.prediction`.
+
+    EDM schedulers use other networks' names; flow-matching schedulers leave it out.
+    """
+    kind = family(config)
+    output = config.get("prediction_type", "flow_prediction" if kind == "flow" else "epsilon")
+    return {"epsilon": "edm", "v_prediction": "edm_v"}.get(output, output) if kind == "edm" else output
+
+
 def _vp(config: Mapping) -> VPDiscrete:
     alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
     shift = config.get("snr_shift_scale", 1.0)  # CogVideoX: SNR divided by it, as resolution shifts do

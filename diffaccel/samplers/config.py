@@ -208,12 +208,6 @@ def grid_options(config: Mapping) -> Options:
     return Options(config["steps_offset"], power, config["grid_start"])
 
 
-def network_output(config: Mapping) -> str:
-    """What the network predicts, by its name in `core.prediction`; EDM schedulers use other networks' names."""
-    kind = config["prediction_type"]
-    return {"epsilon": "edm", "v_prediction": "edm_v"}.get(kind, kind) if family(config) == "edm" else kind
-
-
 def translated(config: Mapping) -> dict:
     """The configuration of any diffusers scheduler with what its class left unsaid written out.
 

@@ -12,8 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..core.errors import UsageError
 from ..core.grids import Grid, make_grid, shift_from_mu
 from ..core.prediction import coefficients
-from ..core.schedule import EDM, Flow, VPDiscrete, from_diffusers
-from .config import completed, grid_name, grid_options, network_output, translated, validate, without_unset
+from ..core.schedule import EDM, Flow, VPDiscrete, from_diffusers, network_output
+from .config import completed, grid_name, grid_options, translated, validate, without_unset
 from .ddim import ddim_row
 from .plan import Plan, Row, Run
 
@@ -207,8 +207,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must have one shape; "
                 "networks that also predict a variance need their output split first."
             )
-        if self._step_index is None or self._step_index >= len(self.timesteps):
-            self._begin(self._begin_index if self._begin_index is not None else self._index_of(timestep))
+        if self._over:
+            self._begin(self._next_index(timestep))
         dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
         row, x = self._run.row, sample.to(dtype)
         output = self._converted(row, x, model_output.to(dtype))
@@ -220,6 +220,31 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         result = self._run.advance(x, output, noise).to(sample.dtype)
         self._step_index += 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def level_at(self, timestep: float | torch.Tensor) -> tuple[float, float]:
+        """(α, σ) at which the next `step` expects the network to have been called.
+
+        Args:
+            timestep: of that call; it only matters on the first one of a run, as in `step`.
+        """
+        row = self._plan.rows[self._next_index(timestep)] if self._over else self._run.row
+        return row.alpha, row.sigma
+
+    def level_after(self, timestep: float | torch.Tensor) -> tuple[float, float]:
+        """(α, σ) of the state that the next `step` returns.
+
+        Args:
+            timestep: as in `level_at`.
+
+        Raises:
+            UsageError: a plan that adds noise, or takes several calls per step.
+        """
+        if self.stages > 1 or any(row.noise for row in self._plan.rows):
+            raise UsageError(f"{type(self).__name__} takes several calls per step or adds noise; use a plain multistep one.")
+        following = self._next_index(timestep) + 1
+        if following < len(self._plan.rows):
+            return self._plan.rows[following].alpha, self._plan.rows[following].sigma
+        return self._grid.alpha[-1], self._grid.sigma[-1]
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """α(t)·original + σ(t)·noise for times (B,) or (1,), any times of the schedule, not only those of the run."""
@@ -261,6 +286,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if step < self._grid.steps:
             rows += self.plan(self._grid.tail(step)).rows
         self._run = Run(Plan(tuple(rows), name=self._plan.name))
+
+    @property
+    def _over(self) -> bool:
+        """Whether the next step is the first of a run."""
+        return self._step_index is None or self._step_index >= len(self.timesteps)
+
+    def _next_index(self, timestep) -> int:
+        if not self._over:
+            return self._step_index
+        return self._begin_index if self._begin_index is not None else self._index_of(timestep)
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)

@@ -31,7 +31,7 @@ def test_evaluation_is_shared(tmp_path, processes):
     for index, image in enumerate(load_digits("train")[0][:700]):  # three blocks
         save_png(image, tmp_path / "images" / f"{index:04d}.png")
     (tmp_path / "images" / "0300.png").write_bytes(b"")
-    metrics = ("fid", "kid", "prdc", "is", "cmmd")
+    metrics = ("fid", "kid", "prdc", "is", "cmmd", "appearance")
     settings = {"skip_bad": True, "fd_infinity": True, "clip_weights": str(tmp_path / "clip")}
     alone = evaluate_images(tmp_path / "images", "digits", metrics, **settings)
     command = ["-m", "diffaccel", "evaluate", "all", tmp_path / "images", "digits", "--metrics", ",".join(metrics)]

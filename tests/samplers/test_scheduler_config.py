@@ -6,9 +6,9 @@ import diffusers
 import pytest
 
 from diffaccel.core.errors import UsageError
-from diffaccel.core.schedule import EDM, from_diffusers
+from diffaccel.core.schedule import EDM, from_diffusers, network_output
 from diffaccel.core.spacings import Options
-from diffaccel.samplers.config import common, grid_name, grid_options, network_output, translated, validate
+from diffaccel.samplers.config import common, grid_name, grid_options, translated, validate
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(common).parameters.items()}
 SVD = {

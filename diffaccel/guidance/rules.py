@@ -1,0 +1,386 @@
+"""Guidance rules: what an evaluation needs of the network, and how its predictions are combined.
+
+A rule is an immutable description; what it remembers during a run lives in the `Context`. Scales are those of diffusers:
+1 is the conditional prediction.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..core.errors import GuidanceError, UsageError, unknown
+from . import functional
+from .context import Context
+
+COND, UNCOND = "cond", "uncond"
+Predictions = Mapping[str, torch.Tensor]  # by branch, each (B, …), raw outputs of one parametrisation, ≥ float32
+
+
+class Rule(ABC):
+    """How predictions become the guided one. A new rule defines `branches` and ``__call__``."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Branches that some evaluation of a run will need; "uncond" makes a run without that branch an error."""
+        return frozenset({COND, UNCOND})
+
+    def branches(self, context: Context) -> frozenset[str]:
+        """Branches that this evaluation needs; the others are not computed."""
+        return self.requires
+
+    @abstractmethod
+    def __call__(self, predictions: Predictions, context: Context) -> torch.Tensor:
+        """The guided prediction, in the parametrisation of the predictions and of their shape (B, …)."""
+
+    def correct(self, state: torch.Tensor, context: Context) -> torch.Tensor:
+        """Change the state (B, …) after the scheduler's step."""
+        return state
+
+    def extra(self, branch: str) -> "Extra":
+        """Where a branch besides "cond" and "uncond" comes from."""
+        raise KeyError(branch)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A branch that the pipeline does not compute by itself.
+
+    Attributes:
+        network: evaluated in place of the pipeline's own; None for that one.
+        arguments: arguments of a pipeline call that describe its condition, such as {"prompt": "a dog"}; None for
+            the condition of the call itself.
+    """
+
+    network: torch.nn.Module | None = None
+    arguments: Mapping | None = None
+
+
+def check_number(
+    rule: Rule, name: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
+) -> None:
+    """Refuse a value that is no finite number within the bounds.
+
+    Raises:
+        UsageError: the value.
+    """
+    value = getattr(rule, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (open_ends and value in (low, high)):
+        ends = f"{'(' if open_ends else '['}{low:g}, {high:g}{')' if open_ends else ']'}"
+        raise UsageError(f"{type(rule).__name__} needs {name} to be a number in {ends}; got {value!r}.")
+
+
+@dataclass(frozen=True)
+class CFG(Rule):
+    """Classifier-free guidance u + scale·(c − u).
+
+    Args:
+        scale: 1 is the conditional prediction, and then the other is not computed.
+    """
+
+    scale: float = 7.5
+
+    def __post_init__(self):
+        check_number(self, "scale")
+
+    @property
+    def requires(self):
+        return frozenset({COND}) if self.scale == 1.0 else super().requires
+
+    def __call__(self, predictions, context):
+        c = predictions[COND]
+        return c if self.scale == 1.0 else functional.classifier_free(c, predictions[UNCOND], self.scale)
+
+
+@dataclass(frozen=True)
+class APG(Rule):
+    """Adaptive projected guidance: no oversaturation at high scales (Sadat et al. 2025, algorithm 1).
+
+    The guidance difference, with momentum and a cap on its norm, loses the part parallel to the conditional prediction.
+
+    Args:
+        scale: as in `CFG`.
+        eta: share of the parallel part that is kept; 1 with no cap and no momentum is CFG.
+        norm_threshold: cap on the norm of the difference in ``space``, None for none; it grows with the square root of
+            the number of values, so see `calibrate`.
+        momentum: of a running sum of differences, in (−1, 1); negative values push away from the past.
+        space: "x0" as in the paper (needs the scheduler's noise level), or "raw" for the network's own output.
+        anchor: prediction that scale − 1 (cond, the paper) or scale (uncond, diffusers) differences are added to.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    scale: float = 7.5
+    eta: float = 0.0
+    norm_threshold: float | None = None
+    momentum: float = -0.5
+    space: str = "x0"
+    anchor: str = COND
+
+    def __post_init__(self):
+        check_number(self, "scale")
+        check_number(self, "eta")
+        check_number(self, "momentum", -1.0, 1.0, open_ends=True)
+        if self.norm_threshold is not None:
+            check_number(self, "norm_threshold", 0.0, math.inf, open_ends=True)
+        for name, known in (("space", ("x0", "raw")), ("anchor", (COND, UNCOND))):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+
+    @property
+    def requires(self):
+        return frozenset({COND}) if self.scale == 1.0 and self.anchor == COND else super().requires
+
+    def __call__(self, predictions, context):
+        c = predictions[COND]
+        if UNCOND not in self.requires:
+            return c
+        u = predictions[UNCOND]
+        a, b = context.level.affine("sample") if self.space == "x0" else (0.0, 1.0)
+        onto = b * c if a == 0.0 else a * context.x.to(c.dtype) + b * c
+        change = self.difference(b * (c - u), onto, context) / b
+        return c + (self.scale - 1.0) * change if self.anchor == COND else u + self.scale * change
+
+    def difference(self, difference: torch.Tensor, onto: torch.Tensor, context: Context) -> torch.Tensor:
+        """The difference (B, …) of two predictions after momentum, cap and projection along ``onto``."""
+        if self.momentum:
+            past = context.memory.get("difference")
+            if past is not None and past.shape == difference.shape:
+                difference = difference + self.momentum * past
+            context.memory["difference"] = difference
+        return functional.projected(functional.capped(difference, self.norm_threshold), onto, self.eta)
+
+
+@dataclass(frozen=True)
+class CFGZeroStar(Rule):
+    """CFG-Zero*: the unconditional prediction scaled to fit the conditional one, for flow models (Fan et al. 2025).
+
+    Args:
+        scale: as in `CFG`.
+        zero_init_steps: first evaluations in which the velocity is 0, so that the state does not move; flow models only.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    scale: float = 7.5
+    zero_init_steps: int = 0
+
+    def __post_init__(self):
+        check_number(self, "scale")
+        if not isinstance(self.zero_init_steps, int) or self.zero_init_steps < 0:
+            raise UsageError(f"zero_init_steps must be a whole number of at least 0; got {self.zero_init_steps!r}.")
+
+    def __call__(self, predictions, context):
+        c = predictions[COND]
+        if context.step < self.zero_init_steps:
+            kind = context.level.prediction_type
+            if kind != "flow_prediction":
+                raise GuidanceError(f"zero_init_steps is for flow models, this one predicts {kind}; set it to 0.")
+            return torch.zeros_like(c)
+        return functional.zero_star(c, predictions[UNCOND], self.scale)
+
+
+@dataclass(frozen=True)
+class AutoGuidance(Rule):
+    """Guidance by a worse version of the model: weak + scale·(c − weak) (Karras et al. 2024).
+
+    Args:
+        scale: as in `CFG`.
+        model: the weak network: same inputs and outputs as the pipeline's own, on the same device.
+    """
+
+    scale: float = 2.0
+    model: torch.nn.Module = None
+
+    def __post_init__(self):
+        check_number(self, "scale")
+        if not isinstance(self.model, torch.nn.Module):
+            raise UsageError("AutoGuidance needs model=, a second network with the inputs and outputs of the first.")
+
+    @property
+    def requires(self):
+        return frozenset({COND, "weak"})
+
+    def extra(self, branch):
+        return Extra(network=self.model)
+
+    def __call__(self, predictions, context):
+        return functional.classifier_free(predictions[COND], predictions["weak"], self.scale)
+
+
+@dataclass(frozen=True)
+class PerpNeg(Rule):
+    """Negative prompts that only remove what is not part of the positive one (Armandpour et al. 2023, Perp-Neg).
+
+    Args:
+        scale: as in `CFG`.
+        negatives: one or more prompts, or arguments of the pipeline's call that stand for them, such as
+            {"prompt_embeds": …} or {"class_labels": …}. The call's own negative prompt must be empty.
+        weights: of the negatives, ≥ 0; one number for all or one each.
+
+    Raises:
+        UsageError: no negatives, or weights that do not fit.
+    """
+
+    scale: float = 7.5
+    negatives: tuple = ()
+    weights: float | tuple[float, ...] = 1.0
+
+    def __post_init__(self):
+        check_number(self, "scale")
+        alone = isinstance(self.negatives, (str, Mapping))
+        object.__setattr__(self, "negatives", (self.negatives,) if alone else tuple(self.negatives or ()))
+        if not self.negatives or not all(isinstance(n, (str, Mapping)) for n in self.negatives):
+            raise UsageError('PerpNeg needs negatives: prompts or call arguments, such as PerpNeg(negatives="blurry").')
+        single = isinstance(self.weights, (int, float))
+        weights = (float(self.weights),) * len(self.negatives) if single else tuple(self.weights)
+        if len(weights) != len(self.negatives) or not all(0 <= weight < math.inf for weight in weights):
+            raise UsageError(f"PerpNeg needs a weight ≥ 0 per negative ({len(self.negatives)}); got {self.weights!r}.")
+        object.__setattr__(self, "weights", weights)
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"negative{index}" for index in range(len(self.negatives))]
+
+    @property
+    def requires(self):
+        return frozenset({COND, UNCOND, *self._names})
+
+    def extra(self, branch):
+        negative = self.negatives[self._names.index(branch)]
+        return Extra(arguments={"prompt": negative} if isinstance(negative, str) else negative)
+
+    def __call__(self, predictions, context):
+        negatives = [predictions[name] for name in self._names]
+        return functional.perpendicular_negatives(
+            predictions[COND], predictions[UNCOND], negatives, self.weights, self.scale
+        )
+
+
+class _Wrapper(Rule):
+    """A rule around another."""
+
+    rule: Rule
+
+    @property
+    def requires(self):
+        return self.rule.requires
+
+    def branches(self, context):
+        return self.rule.branches(context)
+
+    def extra(self, branch):
+        return self.rule.extra(branch)
+
+    def correct(self, state, context):
+        return self.rule.correct(state, context)
+
+    def __call__(self, predictions, context):
+        return self.rule(predictions, context)
+
+
+@dataclass(frozen=True)
+class Rescale(_Wrapper):
+    """Another rule's result, brought towards the standard deviation of c (Lin et al. 2023); "guidance_rescale" elsewhere.
+
+    Args:
+        rule: any rule.
+        factor: 0 changes nothing, 1 matches the deviation; 0.7 in the paper.
+    """
+
+    rule: Rule = field(default_factory=CFG)
+    factor: float = 0.7
+
+    def __post_init__(self):
+        check_number(self, "factor", 0.0, 1.0)
+
+    def __call__(self, predictions, context):
+        return functional.rescaled(super().__call__(predictions, context), predictions[COND], self.factor)
+
+
+@dataclass(frozen=True)
+class Interval(_Wrapper):
+    """Another rule inside a range of noise levels or steps, the conditional prediction alone outside of it.
+
+    Outside the range the other branches are not computed (Kynkäänniemi et al. 2024).
+
+    Args:
+        rule: any rule.
+        sigma_range: (low, high], noise-to-signal ratios σ/α in which the rule acts, the same numbers for VP, EDM and
+            flow models; SDXL in the paper: (0.28, 5.42).
+        fraction_range: [start, stop), shares of the run's evaluations, 0 its beginning and 1 its end.
+
+    Raises:
+        UsageError: neither range, or an empty one.
+    """
+
+    rule: Rule = field(default_factory=CFG)
+    sigma_range: tuple[float, float] | None = None
+    fraction_range: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.sigma_range is None and self.fraction_range is None:
+            raise UsageError("Interval needs sigma_range=(low, high) or fraction_range=(start, stop).")
+        for name, high in (("sigma_range", math.inf), ("fraction_range", 1.0)):
+            ends = getattr(self, name)
+            if ends is not None:
+                if not (isinstance(ends, (tuple, list)) and len(ends) == 2 and 0.0 <= ends[0] < ends[1] <= high):
+                    raise UsageError(f"{name} must be two numbers, 0 ≤ low < high ≤ {high:g}; got {ends!r}.")
+                object.__setattr__(self, name, tuple(map(float, ends)))
+
+    def active(self, context: Context) -> bool:
+        """Whether the rule acts in this evaluation.
+
+        Raises:
+            GuidanceError: the position in the run is needed and unknown.
+        """
+        if self.fraction_range is not None:
+            if context.steps is None:
+                raise GuidanceError("The number of evaluations of this run is unknown; use sigma_range.")
+            first, last = (int(end * context.steps) for end in self.fraction_range)
+            if not first <= context.step < last:
+                return False
+        return self.sigma_range is None or self.sigma_range[0] < context.level.rho <= self.sigma_range[1]
+
+    def branches(self, context):
+        return super().branches(context) if self.active(context) else frozenset({COND})
+
+    def __call__(self, predictions, context):
+        return super().__call__(predictions, context) if self.active(context) else predictions[COND]
+
+    def correct(self, state, context):
+        return super().correct(state, context) if self.active(context) else state
+
+
+@dataclass(frozen=True)
+class CFGPlusPlus(Rule):
+    """CFG++: denoise with guidance, renoise with the unconditional prediction (Chung et al. 2025, algorithm 2).
+
+    The state after the step is corrected by σ'·(ε_u − ε_guided), which is the paper's step for first-order samplers and
+    its first-order part for multistep ones.
+
+    Args:
+        scale: the paper's λ in [0, 1]; 0.6 is about CFG at 7.5.
+
+    Raises:
+        UsageError: a scale outside [0, 1].
+    """
+
+    scale: float = 0.6
+
+    def __post_init__(self):
+        check_number(self, "scale", 0.0, 1.0)
+
+    def __call__(self, predictions, context):
+        c, u = predictions[COND], predictions[UNCOND]
+        _, to_noise = context.level.affine("epsilon")
+        context.memory["correction"] = (context.target[1] * to_noise * self.scale) * (u - c)
+        return functional.classifier_free(c, u, self.scale)
+
+    def correct(self, state, context):
+        return state + context.memory.pop("correction").to(state.dtype)
