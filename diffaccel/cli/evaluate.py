@@ -88,21 +88,10 @@ _OPTIONS = {
     "html": _option(_RESULT, Path | None, "Also write a page with pictures to this file."),
 }
 _FLAGS = {name for name, option in _OPTIONS.items() if option.__origin__ is bool}
-_MAIN = ["features", "weights", "unverified_weights", "filter", "preset", "download"]
-_CLIP_SPACE = ["clip_weights", "download"]
-_COMMON = [
-    "num",
-    "steps",
-    "sampler",
-    "seed",
-    "batch_size",
-    "skip_bad",
-    "resize",
-    "workers",
-    "device",
-    "dtype",
-    "compile",
-]
+_NETWORK = ["download", "dtype", "compile"]
+_MAIN = ["features", "weights", "unverified_weights", "filter", "preset", *_NETWORK]
+_CLIP_SPACE = ["clip_weights", *_NETWORK]
+_COMMON = ["num", "steps", "sampler", "seed", "batch_size", "skip_bad", "resize", "workers", "device"]
 _OUT = ["as_json", "output", "html"]
 
 
@@ -243,6 +232,22 @@ _metric_command(
     [*_CLIP_SPACE, "captions"],
     _REAL_IF_ANY,
 )
+_metric_command(
+    "appearance",
+    """
+    Saturation, contrast and share of clipped values (0 or 255) of images, and of real ones beside them if given.
+
+    Strong guidance tends to raise all three. Neither low nor high is good in itself: closer to real images is better.
+
+    Examples:
+
+    - `diffaccel evaluate appearance samples/`
+
+    - `diffaccel evaluate appearance samples/ photos/ -o guided.json`
+    """,
+    [],
+    _REAL_IF_ANY,
+)
 
 
 def _all(given: dict) -> None:
@@ -271,8 +276,11 @@ _command(
         _REAL_IF_ANY,
         _parameter(
             "metrics",
-            Annotated[str, typer.Option(help="Comma-separated: fid, kid, prdc, is, cmmd, clip.", show_default=True)],
-            "fid,kid,prdc",
+            Annotated[
+                str,
+                typer.Option(help="Comma-separated: fid, kid, prdc, is, cmmd, clip, appearance.", show_default=True),
+            ],
+            "fid,kid,prdc,appearance",
         ),
     ],
 )

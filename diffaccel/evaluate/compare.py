@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from ..core.errors import DataError, UsageError
 from .report import Measurement, Report, image_set, number
 
-_UNBIASED = ("KID", "KID subsets", "CMMD", "CLIPScore", "FD∞")  # their mean does not, or hardly, depend on N
+# Their mean does not, or hardly, depend on N.
+_UNBIASED = ("KID", "KID subsets", "CMMD", "CLIPScore", "FD∞", "saturation", "contrast", "clipped")
 _ONE_SIDED = ("IS", "CLIPScore")
 # Settings that change what a label means, with what None stands for.
 _CONVENTIONS = {"resize": None, "k": 5, "splits": 10, "kid_subset_size": 1000}
@@ -18,13 +19,13 @@ class Difference:
 
     Attributes:
         metric: label with the features in it.
-        better: "lower" or "higher".
+        better: "lower", "higher" or "closer" (to that of real images).
         basis: what is compared: "bias-corrected" or "plug-in" values.
         first, second: the compared values.
         difference: second − first.
         ci95: 95 % interval of the difference, None where a report has none, or one without the draw of the fakes.
         verdict: "first is better", "second is better", "cannot tell apart", "no interval", or "same images" where both
-            fake sides are.
+            fake sides are, or "no reference" where closer is better and the reports do not have one number to be close to.
     """
 
     metric: str
@@ -95,7 +96,7 @@ def compare_reports(first: Report, second: Report, names: tuple[str, str] = DEFA
         )
     for result, _ in pairs:
         _same_features(result.metric, first, second, names)
-    rows = [_difference(*pair, _same_fakes(first, second)) for pair in pairs]
+    rows = [_difference(*pair, _same_fakes(first, second), _aim(pair[0], first, second)) for pair in pairs]
     return Comparison(names, rows, _notes(first, second, pairs, rows))
 
 
@@ -150,7 +151,15 @@ def _same_fakes(first: Report, second: Report) -> bool:
     return image_set(first.fake) is not None and image_set(first.fake) == image_set(second.fake)
 
 
-def _difference(first: Measurement, second: Measurement, same_fakes: bool) -> Difference:
+def _aim(result: Measurement, first: Report, second: Report) -> Measurement | None:
+    """The result of the real images, where both reports have it of the same ones."""
+    label = result.metric.replace("-", " of real images-", 1)
+    found = [next((r for r in report.results if r.metric == label), None) for report in (first, second)]
+    same = image_set(first.real) is not None and image_set(first.real) == image_set(second.real)
+    return found[0] if same and None not in found else None
+
+
+def _difference(first: Measurement, second: Measurement, same_fakes: bool, aim: Measurement | None) -> Difference:
     corrected = first.bias_corrected is not None and second.bias_corrected is not None
     values = [result.bias_corrected if corrected else result.value for result in (first, second)]
     intervals = [None if _fake_as_given(result) else confidence_interval(result) for result in (first, second)]
@@ -160,7 +169,9 @@ def _difference(first: Measurement, second: Measurement, same_fakes: bool) -> Di
     interval, verdict = None, "same images" if same_fakes else "no interval"
     if not same_fakes and None not in intervals and not mixed and math.isfinite(difference):
         interval = interval_of_difference(values[0], intervals[0], values[1], intervals[1])
-        verdict = _verdict(interval, first.better)
+        verdict = (
+            _nearer(first, second, aim, interval) if first.better == "closer" else _verdict(interval, first.better)
+        )
     basis = "bias-corrected" if corrected else "plug-in"
     return Difference(first.metric, first.better, basis, *values, difference, interval, verdict)
 
@@ -172,6 +183,22 @@ def _verdict(interval: tuple[float, float], better: str) -> str:
     return "second is better" if (high < 0) == (better == "lower") else "first is better"
 
 
+def _nearer(first: Measurement, second: Measurement, aim: Measurement | None, interval: tuple[float, float]) -> str:
+    """Which value is nearer to the aim: the one on its side of the midpoint of both.
+
+    Both the difference of the values and that of aim and midpoint must be sure; errors of a verdict are then at most
+    as frequent as those of the less sure of the two.
+    """
+    if aim is None or confidence_interval(aim) is None:
+        return "no reference"
+    middle = (first.value + second.value) / 2
+    half = (interval[1] - interval[0]) / 4
+    low, high = interval_of_difference(middle, (middle - half, middle + half), aim.value, aim.ci95)
+    if low <= 0 <= high:
+        return "cannot tell apart"
+    return _verdict(interval, "higher" if low > 0 else "lower")
+
+
 def _notes(first: Report, second: Report, pairs: list, rows: list[Difference]) -> list[str]:
     notes = _about_real_sides(first, second, pairs, rows)
     given = [result.metric for result, other in pairs if _fake_as_given(result) or _fake_as_given(other)]
@@ -179,6 +206,12 @@ def _notes(first: Report, second: Report, pairs: list, rows: list[Difference]) -
         notes.append(
             f"No verdict on {', '.join(given)}: the intervals take the fake images as given, and two draws of one "
             "generator differ by more than these say."
+        )
+    aimless = [row.metric for row in rows if row.verdict == "no reference"]
+    if aimless:
+        notes.append(
+            f"No verdict on {', '.join(aimless)}: neither lower nor higher is better, and the reports have no number of "
+            "the same real images to be close to; evaluate both against one set of real images."
         )
     biased = [
         (result, other)
@@ -222,7 +255,7 @@ def _about_real_sides(first: Report, second: Report, pairs: list, rows: list[Dif
             f"{second.real.get('name')}, digest {digests[1][:12]}…): the difference is not one between generators."
         ]
     exact = all(side.get("kind") == "statistics" and not side.get("vectors") for side in (first.real, second.real))
-    if exact or all(row.ci95 is None for row in rows):
+    if exact or all(row.ci95 is None or row.better == "closer" for row in rows):  # of the fake images alone
         return []
     return [
         "Both used the same real images, whose sampling error intervals with it count twice: where both miss the "
@@ -233,7 +266,7 @@ def _about_real_sides(first: Report, second: Report, pairs: list, rows: list[Dif
 
 def _cells(row: Difference) -> list[str]:
     interval = "–" if row.ci95 is None else " to ".join(_signed(limit) for limit in row.ci95)
-    arrow = "↓" if row.better == "lower" else "↑"
+    arrow = {"lower": "↓", "higher": "↑", "closer": "◎"}[row.better]
     values = [number(row.first), number(row.second), _signed(row.difference)]
     return [f"{row.metric} {arrow}", row.basis, *values, interval, row.verdict]
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .collect import CAPTIONS, CLASSES, MOMENTS, VECTORS, Side
-from .jackknife import Estimate
+from .features.appearance import AppearanceFeatures
+from .jackknife import Estimate, normal_interval
+from .metrics.checks import checked
 from .metrics.frechet import Gaussian, fd_infinity, frechet_estimate
 from .metrics.kernel import cmmd, kid, kid_subsets
 from .metrics.neighbours import prdc
@@ -13,6 +15,7 @@ from .report import Measurement
 from .settings import Settings
 
 NEEDED, WELCOME, UNUSED = "needed", "welcome", "unused"
+MAIN, CLIP, PIXELS = "main", "clip", "pixels"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Metric:
         needs: what has to be collected of a side.
         measure: (fake, real, settings) → `Measurement`s; real may be None where it is not needed.
         real: NEEDED where it compares with real images, WELCOME where it is also computed of them, else UNUSED.
-        clip: whether it lives in the CLIP space, whatever the features are.
+        space: MAIN where it lives in the space of the features, whatever these are; CLIP, or PIXELS without a network.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Metric:
     needs: frozenset[str]
     measure: Callable[[Side, Side | None, Settings], Iterator[Measurement]]
     real: str = NEEDED
-    clip: bool = False
+    space: str = MAIN
 
 
 def _read(
@@ -78,13 +81,11 @@ def _prdc(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
 
 
 def _inception_score(fake: Side, real: Side | None, settings: Settings) -> Iterator[Measurement]:
-    for kind, side in (("IS", fake), ("IS of real images", real)):
-        if side is not None:
-            mean, deviation = side.scores.compute()
-            parts = int((side.scores.counts > 0).sum())
-            method = f"deviation of {parts} parts, not a confidence interval"
-            sides = (side, None) if side is fake else (None, side)
-            yield _read(kind, Estimate(mean, method=method), *sides, better="higher", deviation=deviation)
+    for label, side, pair in _each("IS", fake, real):
+        mean, deviation = side.scores.compute()
+        parts = int((side.scores.counts > 0).sum())
+        method = f"deviation of {parts} parts, not a confidence interval"
+        yield _read(label, Estimate(mean, method=method), *pair, better="higher", deviation=deviation)
 
 
 def _cmmd(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
@@ -92,13 +93,25 @@ def _cmmd(fake: Side, real: Side, settings: Settings) -> Iterator[Measurement]:
 
 
 def _clip(fake: Side, real: Side | None, settings: Settings) -> Iterator[Measurement]:
-    for kind, side in (("CLIPScore", fake), ("CLIPScore of real images", real)):
-        if side is not None and side.captions is not None:
+    for label, side, pair in _each("CLIPScore", fake, real):
+        if side.captions is not None:
             texts, truncated = side.extractor.embed_texts(side.captions)
             if truncated:
                 side.notes.append(f"{truncated} caption(s) are longer than CLIP reads; their ends were ignored")
-            sides = (side, None) if side is fake else (None, side)
-            yield _read(kind, clip_score(side.vectors, texts.to(side.vectors.device)), *sides, better="higher")
+            yield _read(label, clip_score(side.vectors, texts.to(side.vectors.device)), *pair, better="higher")
+
+
+def _appearance(fake: Side, real: Side | None, settings: Settings) -> Iterator[Measurement]:
+    for index, kind in enumerate(AppearanceFeatures.KINDS):
+        for label, side, pair in _each(kind, fake, real):
+            yield _read(label, normal_interval(checked(side.vectors)[:, index]), *pair, better="closer")
+
+
+def _each(kind: str, fake: Side, real: Side | None) -> Iterator[tuple[str, Side, tuple[Side | None, Side | None]]]:
+    """Label, side and its place in the pair, for a number that every side has by itself."""
+    yield kind, fake, (fake, None)
+    if real is not None:
+        yield f"{kind} of real images", real, (None, real)
 
 
 def _fixed_mix(*sides: Side) -> bool:
@@ -143,7 +156,7 @@ METRICS = {
             "Jayasumana et al. 2024",
             frozenset({VECTORS}),
             _cmmd,
-            clip=True,
+            space=CLIP,
         ),
         Metric(
             "clip",
@@ -152,7 +165,16 @@ METRICS = {
             frozenset({VECTORS, CAPTIONS}),
             _clip,
             real=WELCOME,
-            clip=True,
+            space=CLIP,
+        ),
+        Metric(
+            "appearance",
+            "saturation, contrast and clipped values, to lie beside those of real images; no network",
+            "Peli 1990; Sadat et al. 2024",
+            frozenset({VECTORS}),
+            _appearance,
+            real=WELCOME,
+            space=PIXELS,
         ),
     )
 }

@@ -9,8 +9,9 @@ import torch
 from ..core.errors import DataError, UsageError, unknown
 from .collect import CAPTIONS, CLASSES, VECTORS, Side
 from .features import FEATURES, FeatureExtractor, get_features
+from .features.appearance import AppearanceFeatures
 from .groups import assign_groups
-from .measure import METRICS, NEEDED, UNUSED, Metric
+from .measure import CLIP, MAIN, METRICS, NEEDED, PIXELS, UNUSED, Metric
 from .moments import GroupedMoments
 from .settings import Settings
 from .sources import ImageSource, ModelSource, StatisticsSource, resolve
@@ -59,8 +60,14 @@ def make_plan(sides: dict, extractor: FeatureExtractor | None, used: Settings, d
     """
     metrics = _metrics(used.metrics, "real" in sides)
     sources = {key: resolve(side, used.generation(), used.reading()) for key, side in sides.items()}
+    without_images = [m.name for m in metrics if m.space == PIXELS and isinstance(sources["fake"], StatisticsSource)]
+    if 0 < len(without_images) < len(metrics):  # one of several, as in `evaluate all`: the others go on
+        metrics = [metric for metric in metrics if metric.name not in without_images]
+    else:
+        without_images = []
     spaces = _spaces(metrics, extractor, used, sources, device)
     plan = Plan(metrics, spaces, sources, {key: {} for key in sources})
+    plan.warnings += [f"{name} is left out: {sources['fake'].name} holds no images" for name in without_images]
     for metric, key in product(metrics, sources):
         if key == "fake" or metric.real != UNUSED:
             _add_needs(plan, metric, key, used)
@@ -119,14 +126,15 @@ def _metrics(names: tuple[str, ...], real: bool) -> list[Metric]:
 
 
 def _spaces(metrics: list[Metric], extractor, used: Settings, sources: dict, device) -> dict[str, FeatureExtractor]:
-    main, clip = extractor, None
-    if any(not metric.clip for metric in metrics) or (used.features == "clip" and extractor is None):
-        main = extractor or open_extractor(used, sources, device)
-    if any(metric.clip for metric in metrics):
+    wanted = {metric.space for metric in metrics}
+    opened = {MAIN: extractor, PIXELS: AppearanceFeatures()}
+    if extractor is None and (MAIN in wanted or (CLIP in wanted and used.features == "clip")):
+        opened[MAIN] = open_extractor(used, sources, device)
+    if CLIP in wanted:
+        main, options = opened[MAIN], {"weights": used.clip_weights, "download": used.download or None}
         same = main is not None and main.name == "clip"
-        options = {"weights": used.clip_weights, "download": used.download or None}
-        clip = main if same else get_features("clip", **options).prepare(device, used.dtype, used.compile)
-    return {metric.name: clip if metric.clip else main for metric in metrics}
+        opened[CLIP] = main if same else get_features("clip", **options).prepare(device, used.dtype, used.compile)
+    return {metric.name: opened[metric.space] for metric in metrics}
 
 
 def _fitting(sources: dict) -> str:
@@ -155,6 +163,9 @@ def _add_needs(plan: Plan, metric: Metric, key: str, used: Settings) -> None:
         space.logits(torch.zeros(0, space.num_features, device=space.device))  # refuses features without classes
     if isinstance(source, StatisticsSource):
         if metric.real != NEEDED and key == "real":
+            plan.warnings.append(
+                f"{metric.name}: {source.name} holds no images, so there is no number of the real side to compare with"
+            )
             return
         _check_statistics(plan, metric, source, wanted)
     if CAPTIONS in wanted and key == "fake":
@@ -173,8 +184,11 @@ def _add_needs(plan: Plan, metric: Metric, key: str, used: Settings) -> None:
 
 def _check_statistics(plan: Plan, metric: Metric, source: StatisticsSource, wanted: set[str]) -> None:
     space, statistics = plan.spaces[metric.name], source.statistics
-    if wanted & {CLASSES, CAPTIONS}:
-        raise DataError(f"{source.name} holds statistics; {metric.name} needs images.")
+    if wanted & {CLASSES, CAPTIONS} or metric.space == PIXELS:
+        raise DataError(
+            f"{source.name} holds statistics; {metric.name} needs images: leave it out of the metrics, or "
+            "give the images."
+        )
     identity = space.identity()
     check_features(source.path, statistics, identity)
     if VECTORS in wanted and statistics.vectors is None:

@@ -37,7 +37,7 @@ class Measurement:
         ci95: 95 % interval, None where there is none.
         method: how the interval or deviation was made.
         n_fake, n_real: images per side; None for a side that is not used or a statistics file that does not tell.
-        better: "lower" or "higher".
+        better: "lower", "higher", or "closer": to that of real images, whose own result says "of real images".
         deviation: standard deviation over subsets, where that is the custom; not a confidence interval.
     """
 
@@ -193,7 +193,7 @@ def _check(results: list[Measurement], parts: dict) -> None:
         for value in (result.value, result.bias_corrected or 0.0, result.deviation or 0.0, low, high):
             if type(value) not in (int, float):
                 raise TypeError(f"{value!r} is not a number")
-        if not isinstance(result.metric, str) or result.better not in ("lower", "higher"):
+        if not isinstance(result.metric, str) or result.better not in ("lower", "higher", "closer"):
             raise ValueError(f"{result.metric!r} with {result.better!r} is not a result")
     for key, kind in _PARTS.items():
         if not isinstance(parts[key], kind):

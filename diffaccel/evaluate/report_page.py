@@ -9,6 +9,11 @@ from .html import document, figure_of_samples, table
 from .report import Measurement, Report, number
 
 _UNIT = ("precision", "recall", "density", "coverage")  # shares, drawn on [0, 1]; density may exceed it
+_DIRECTIONS = {
+    "lower": "↓ lower is better",
+    "higher": "↑ higher is better",
+    "closer": "◎ the closer to real images, the better",
+}
 _SHOWN, _COLUMNS = 64, 8  # images per side
 _LISTED = 20  # skipped files per side
 _ROWS = {
@@ -77,7 +82,6 @@ def report_page(report: Report) -> str:
 
 
 def _card(result: Measurement) -> str:
-    direction = "↓ lower is better" if result.better == "lower" else "↑ higher is better"
     lines = []
     if result.bias_corrected is not None:
         lines.append(f"bias-corrected <b>{number(result.bias_corrected)}</b>")
@@ -94,7 +98,8 @@ def _card(result: Measurement) -> str:
     )
     return (
         f"<div class='card'><h3>{html.escape(result.metric)}</h3><p class='big'>{number(result.value)}</p>"
-        f"<p>{direction}</p><p>{'<br>'.join(lines)}</p>{_axis(result)}<p class='small'>{html.escape(footing)}</p></div>"
+        f"<p>{_DIRECTIONS[result.better]}</p><p>{'<br>'.join(lines)}</p>{_axis(result)}"
+        f"<p class='small'>{html.escape(footing)}</p></div>"
     )
 
 
@@ -103,7 +108,8 @@ def _axis(result: Measurement) -> str:
     points = [result.value, *(() if result.bias_corrected is None else (result.bias_corrected,)), *(result.ci95 or ())]
     if not all(map(math.isfinite, points)):
         return "<p>Not a finite number: nothing to draw.</p>"
-    shown = [0.0, 1.0] if result.kind.lower() in _UNIT else [0.0] if result.better == "lower" else []
+    share = result.kind.lower() in _UNIT or result.better == "closer"  # beside that of real images, on one axis
+    shown = [0.0, 1.0] if share else [0.0] if result.better == "lower" else []
     low, high = min(points + shown), max(points + shown)
     if low == high:  # one number and no natural end: any scale would be arbitrary
         low, high = low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10

@@ -39,7 +39,7 @@ def evaluate_images(
         fake, real: see `sources.resolve`: folder, zip, statistics file, dataset, model, uint8 tensor (N, C, H, W), or
             a pair of it and the classes (N,) of a sample whose class proportions were fixed, which the correction and
             the interval must know. ``real`` may be None for metrics that need no reference.
-        metrics: names in `measure.METRICS`: fid, kid, prdc, is, cmmd, clip.
+        metrics: names in `measure.METRICS`: fid, kid, prdc, is, cmmd, clip, appearance.
         features: see `settings.Settings`; or an extractor.
         progress: draw a bar on stderr, on a terminal.
         together: share the images with the other processes of a torchrun or `accelerate launch` job, all of which must

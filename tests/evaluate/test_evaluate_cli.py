@@ -42,5 +42,5 @@ def test_errors_keep_their_type_for_the_exit_code():
 
 
 def test_help_has_examples():
-    for verb in ("fid", "kid", "prdc", "is", "cmmd", "clip", "all", "stats", "compare", "verify"):
+    for verb in ("fid", "kid", "prdc", "is", "cmmd", "clip", "appearance", "all", "stats", "compare", "verify"):
         assert "diffaccel evaluate" in _run(verb, "--help")

@@ -43,7 +43,9 @@ def sides(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "names", [*[(name,) for name in METRICS], ("clip", "fid"), ("fid", "cmmd"), ("is", "clip")], ids="+".join
+    "names",
+    [*[(name,) for name in METRICS], ("clip", "fid"), ("fid", "cmmd"), ("is", "clip"), ("appearance", "clip")],
+    ids="+".join,
 )
 @pytest.mark.parametrize("kind", ["others", "dataset", "moments", "vectors", "clip", "none"])
 def test_every_metric_with_every_kind_of_reference(sides, names, kind, monkeypatch):
@@ -55,7 +57,7 @@ def test_every_metric_with_every_kind_of_reference(sides, names, kind, monkeypat
     if kind in ("moments", "vectors"):
         refused |= bool(chosen & {"cmmd"}) or (kind == "moments" and bool(chosen & {"kid", "prdc"}))
     if kind == "clip":
-        refused |= bool(chosen - {"clip"})
+        refused |= bool(chosen - {"clip", "appearance"})
 
     def evaluate():
         return evaluate_images(sides["folder"], real, names, "random-conv", clip_weights=sides["weights"], **settings)
@@ -68,6 +70,7 @@ def test_every_metric_with_every_kind_of_reference(sides, names, kind, monkeypat
     else:
         kinds = {result.kind for result in evaluate().results}
         labels = {"fid": "FD", "kid": "KID", "prdc": "recall", "cmmd": "CMMD", "clip": "CLIPScore"}
+        labels["appearance"] = "clipped"
         assert {labels[name] for name in chosen} <= kinds
         assert ("CLIPScore of real images" in kinds) == ("clip" in chosen and kind == "others")
 
