@@ -3,7 +3,10 @@
 The random numbers of sample i depend on the seed and on i only; other batch sizes change images by rounding at most.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +15,12 @@ from tqdm.auto import tqdm
 from .core.errors import DataError, UsageError
 from .core.images import to_uint8
 from .core.rng import KeyedRandom
+from .guidance.attach import guide
+from .guidance.context import Context, Level
+from .guidance.registry import build_rule
+from .guidance.rules import CFG, COND, UNCOND, CFGPlusPlus, Rule
 from .models.teachers import load_pipeline
+from .models.unet2d import num_classes, sample_shape
 from .samplers.registry import get_sampler
 
 
@@ -25,7 +33,9 @@ def generate(
     sampler_options: Mapping | None = None,
     nfe: int | None = None,
     seed: int = 0,
-    guidance_scale: float = 1.0,
+    guidance: Rule | str | None = None,
+    guidance_scale: float | None = None,
+    guidance_options: Mapping[str, Mapping] | None = None,
     batch_size: int = 256,
     classes: list[int] | None = None,
     device: str | None = None,
@@ -40,9 +50,14 @@ def generate(
         steps: sampler steps; default: what the model's folder says (a distilled student says 1).
         sampler: name in `diffaccel list samplers`; default: the model's own scheduler.
         sampler_options: arguments of the sampler's scheduler class, such as {"solver_order": 2}.
-        nfe: in place of steps: as many steps as this many network evaluations allow, a guidance pair counted as two.
+        nfe: in place of steps: as many steps as this many network evaluations allow, a guidance pair counted as two; of
+            rules that act in an interval, what a run costs is counted evaluation by evaluation.
         seed: image i depends on the seed and on i only.
-        guidance_scale: classifier-free guidance, 1 for none (other values double the network evaluations).
+        guidance: a rule such as APG(scale=10), or the name of one in `diffaccel list guidance`; None for classifier-free
+            guidance, if ``guidance_scale`` asks for it.
+        guidance_scale: of classifier-free guidance, 1 or None for none (other values double the network evaluations); of
+            a rule given by name, None for the rule's default.
+        guidance_options: of a rule given by name, by rule: {"apg": {"eta": 0.5}, "interval": {"sigma_range": (0.3, 5)}}.
         batch_size: images per network call.
         classes: classes to draw in turn; default all.
         device: torch device; default CUDA where there is one, and for an opened pipeline where it is.
@@ -53,8 +68,8 @@ def generate(
         (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU.
 
     Raises:
-        UsageError: num, steps or batch_size below 1, a budget below one step, an unknown sampler or option, classes the
-            model does not have.
+        UsageError: num, steps or batch_size below 1, a budget below one step, an unknown sampler, rule or option, classes
+            the model does not have, a rule that it cannot be guided by.
         DataError, MissingWeightsError: the model cannot be opened.
     """
     for name, value in (("num", num), ("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
@@ -65,6 +80,7 @@ def generate(
     chosen = get_sampler(sampler) if sampler else None
     if sampler_options and chosen is None:
         raise UsageError("sampler_options belong to a sampler; name one of `diffaccel list samplers`.")
+    rule = _rule(guidance, guidance_scale, guidance_options)
     pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
     if not hasattr(pipeline, "num_classes"):
         raise DataError(f"{model} is a {type(pipeline).__name__}; sampling here works with pixel models (UNet2DModel).")
@@ -75,29 +91,96 @@ def generate(
         raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
     if device or isinstance(model, (str, Path)):
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    guided = guidance_scale != 1.0 and pipeline.num_classes is not None
+    if rule is None:
+        scale = 1.0 if guidance_scale is None or pipeline.num_classes is None else guidance_scale
+    else:
+        _check_fit(rule, pipeline, by_name=isinstance(guidance, str))
+        scale = 2.0 if UNCOND in rule.requires else 1.0  # any that runs the branches it needs: its own is what counts
+    acting = rule or CFG(scale)
     scheduler = pipeline.scheduler
     if chosen:
-        told = {"guidance_scale": guidance_scale} if chosen.told_guidance and guided else {}
+        told = {"guidance_scale": _told_scale(acting)} if chosen.told_guidance else {}
         scheduler = chosen.build(scheduler.config, **{**told, **(sampler_options or {})})
     if nfe is not None:
-        steps = _affordable_steps(scheduler, nfe, 2 if guided else 1)
+        steps = _affordable_steps(scheduler, nfe, acting)
     starts = range(0, num, batch_size)[shard[0] :: shard[1]]
-    return _batches(pipeline, scheduler, num, starts, steps, seed, guidance_scale, batch_size, wanted, progress)
+    return _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress)
 
 
-def _affordable_steps(scheduler, nfe: int, rows_per_call: int) -> int:
+def _rule(guidance, scale: float | None, options: Mapping | None) -> Rule | None:
+    """The rule that was asked for, None for the pipeline's own guidance."""
+    if isinstance(guidance, str):
+        return build_rule(guidance, scale, options)
+    if options:
+        names = ", ".join(options)
+        raise UsageError(f"guidance_options of {names} need the name of a rule: pass guidance=, such as 'apg'.")
+    if guidance is None:
+        return None
+    if not isinstance(guidance, Rule):
+        raise UsageError(f"guidance is a rule, such as diffaccel.APG(scale=10), or the name of one; got {guidance!r}.")
+    if scale is not None:
+        raise UsageError(f"Give the scale to the rule, {type(guidance).__name__}(scale={scale:g}), not beside it.")
+    return guidance
+
+
+def _check_fit(rule: Rule, pipeline, by_name: bool) -> None:
+    """Refuse what the rule needs and the model does not have; networks of a rule given by name go to its device."""
+    classes = pipeline.num_classes
+    if getattr(_inner(rule), "particles", 1) > 1:
+        raise UsageError(
+            f"{type(_inner(rule)).__name__} draws groups of images that depend on each other, and here an image depends on seed "
+            "and index only; call the pipeline itself inside diffaccel.guide(pipeline, rule)."
+        )
+    if UNCOND in rule.requires and classes is None:
+        raise UsageError("This model has no classes, so there is nothing to guide it by; leave guidance out.")
+    for extra in map(rule.extra, sorted(rule.requires - {COND, UNCOND})):
+        if extra.network is not None and by_name:
+            kinds = [(sample_shape(net), num_classes(net)) for net in (extra.network, pipeline.unet)]
+            if kinds[0] != kinds[1]:
+                raise UsageError(
+                    "autoguidance needs two models of one kind; the weak one has the shape {} and {} classes, this one {} "
+                    "and {}.".format(*kinds[0], *kinds[1])
+                )
+            extra.network.to(pipeline.device)
+        if extra.arguments is not None:
+            negatives = torch.as_tensor(extra.arguments.get("class_labels", -1))
+            if bool((negatives < 0).any()) or bool((negatives >= classes).any()):
+                raise UsageError(
+                    f"Negatives of this model are classes in 0 … {classes - 1}, such as perp-neg.negatives=3; got "
+                    f"{dict(extra.arguments)}."
+                )
+
+
+def _inner(rule: Rule) -> Rule:
+    """The rule inside its wrappers."""
+    return _inner(rule.rule) if hasattr(rule, "rule") else rule
+
+
+def _told_scale(rule: Rule) -> float | None:
+    """The scale of a rule where it means what that of classifier-free guidance does."""
+    rule = _inner(rule)
+    return None if isinstance(rule, CFGPlusPlus) else getattr(rule, "scale", None)
+
+
+def _affordable_steps(scheduler, nfe: int, rule: Rule) -> int:
+    """The number of steps whose evaluations stay within a budget, while those of one step more do not."""
     if not hasattr(scheduler, "steps_for"):
         raise UsageError(f"nfe needs one of our samplers, not {type(scheduler).__name__}: name a sampler.")
-    least = rows_per_call * scheduler.calls(1)
-    if nfe < least:
+
+    def cost(steps: int) -> int:
+        scheduler.set_timesteps(steps)
+        rows = scheduler.current_plan.rows
+        levels = [partial(Level, row.alpha, row.sigma, "sample") for row in rows]  # what it predicts costs nothing
+        return sum(len(rule.branches(Context(step, len(rows), level))) for step, level in enumerate(levels))
+
+    if nfe < cost(1):
         raise UsageError(
-            f"nfe must be at least {least} with this sampler and guidance, the cost of one step; got {nfe}."
+            f"nfe must be at least {cost(1)} with this sampler and guidance, the cost of one step; got {nfe}."
         )
-    return scheduler.steps_for(nfe // rows_per_call)
+    return bisect_right(range(1, scheduler.steps_for(nfe) + 1), nfe, key=cost)
 
 
-def _batches(pipeline, scheduler, num, starts, steps, seed, guidance_scale, batch_size, wanted, progress):
+def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress):
     random, own = KeyedRandom(seed), pipeline.scheduler
     bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
     pipeline.scheduler = scheduler
@@ -108,15 +191,16 @@ def _batches(pipeline, scheduler, num, starts, steps, seed, guidance_scale, batc
                 noise = random.normal("sample", 0, start, count, pipeline.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
                 labels = wanted[torch.arange(start, start + count) % len(wanted)] if len(wanted) else None
-                images = pipeline(
-                    class_labels=labels,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(value) for value in seeds],
-                    noise=noise,
-                    output_type="pt",
-                    return_dict=False,
-                )[0]
+                with nullcontext() if rule is None else guide(pipeline, rule):
+                    images = pipeline(
+                        class_labels=None if labels is None else labels.tolist(),  # a list: negatives are one for each
+                        num_inference_steps=steps,
+                        guidance_scale=scale,
+                        generator=[torch.Generator().manual_seed(value) for value in seeds],
+                        noise=noise,
+                        output_type="pt",
+                        return_dict=False,
+                    )[0]
                 bar.update(count)
                 yield to_uint8(images.float().cpu()), labels
     finally:

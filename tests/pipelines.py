@@ -44,6 +44,8 @@ class PipelineCase:
         network: name of the component that predicts.
         forwards: forward calls of the network per evaluation; 2 where guidance is not a batch of two.
         seeded: whether the pipeline hands its generator on to the steps of its scheduler.
+        scales: arguments that take its guidance scale; none where it has no guidance.
+        negatives: further arguments for ``count`` samples without which it runs no unconditional branch.
     """
 
     name: str
@@ -53,6 +55,12 @@ class PipelineCase:
     network: str = "unet"
     forwards: int = 1
     seeded: bool = True
+    scales: tuple[str, ...] = ("guidance_scale",)
+    negatives: Callable[[int], dict] = lambda count: {}
+
+    def guided(self, scale: float, count: int = 1) -> dict:
+        """Arguments of a call for ``count`` samples that switch on its own guidance; 1 switches it off."""
+        return dict.fromkeys(self.scales, scale) | (self.negatives(count) if scale > 1 else {})
 
     def build(self, sampler: str | None = None, **overrides) -> diffusers.DiffusionPipeline:
         """The pipeline with a scheduler of its own and weights shared between builds.
@@ -132,6 +140,12 @@ def check_close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-5
     assert left.shape == right.shape and left.dtype == right.dtype
     error = float((left - right).abs().max() / right.abs().max().clamp(min=1.0))
     assert error <= tolerance, f"{error:.2g} > {tolerance:g}"
+
+
+def unrecognised(pipe):
+    """The pipeline as one of a class that nobody has heard of."""
+    pipe.__class__ = type("UnheardOfPipeline", (type(pipe),), {})
+    return pipe
 
 
 @functools.cache
@@ -365,6 +379,14 @@ def _records(*cases: PipelineCase) -> dict[str, PipelineCase]:
     return {case.name: case for case in cases}
 
 
+def _flux_negatives(count: int) -> dict:
+    return {"negative_prompt_embeds": -rows(count, 3, 16), "negative_pooled_prompt_embeds": -rows(count, 16)}
+
+
+_flux_case = functools.partial(
+    PipelineCase, family="flow", arguments=_flux_arguments, network="transformer", seeded=False,
+    scales=("true_cfg_scale",), negatives=_flux_negatives,
+)  # fmt: skip
 _flux_static = functools.partial(_flux, shift=3.0)
 _flux_dynamic = functools.partial(_flux, shift=3.0, use_dynamic_shifting=True)
 
@@ -373,16 +395,16 @@ PIPELINES = _records(
     PipelineCase("sdxl", "vp", _sdxl, _sdxl_arguments),
     PipelineCase("pixart", "vp", _pixart, _pixart_arguments, "transformer"),
     PipelineCase("dit", "vp", _dit, _dit_arguments, "transformer", seeded=False),
-    PipelineCase("ddpm", "vp", _ddpm, lambda n: {"batch_size": n, "output_type": "pt"}),
+    PipelineCase("ddpm", "vp", _ddpm, lambda n: {"batch_size": n, "output_type": "pt"}, scales=()),
     PipelineCase("classes", "vp", _classes, lambda n: {**_dit_arguments(n), "guidance_scale": 2.0}),
     PipelineCase("animatediff", "vp", _animatediff, lambda n: {**VIDEO, **_embeddings(n), "num_frames": 2}),
     PipelineCase("cogvideox", "vp", _cogvideox, lambda n: {**VIDEO, **_embeddings(n)}, "transformer"),
     PipelineCase("sd3", "flow", _sd3, _sdxl_arguments, "transformer", seeded=False),
-    PipelineCase("flux", "flow", _flux_static, _flux_arguments, "transformer", seeded=False),
-    PipelineCase("flux-dynamic", "flow", _flux_dynamic, _flux_arguments, "transformer", seeded=False),
+    _flux_case("flux", make=_flux_static),
+    _flux_case("flux-dynamic", make=_flux_dynamic),
     PipelineCase("wan", "flow", _wan, lambda n: {**VIDEO, **_embeddings(n)}, "transformer", 2, seeded=False),
     PipelineCase("ltx", "flow", _ltx, _ltx_arguments, "transformer", seeded=False),
-    PipelineCase("svd", "edm", _svd, _svd_arguments, seeded=False),
+    PipelineCase("svd", "edm", _svd, _svd_arguments, seeded=False, scales=("min_guidance_scale", "max_guidance_scale")),
 )
 """Text to image or video, and classes to image."""
 
@@ -400,3 +422,11 @@ INPAINTING = _records(
     _edit(PIPELINES["sdxl"], diffusers.StableDiffusionXLInpaintPipeline, mask=True, add_watermarker=False),
 )
 """Take ``strength``, and repaint the left half of the picture."""
+
+GUIDED = {
+    f"{kind}{name}": case
+    for kind, table in (("", PIPELINES), ("image-to-image-", IMAGE_TO_IMAGE), ("inpainting-", INPAINTING))
+    for name, case in table.items()
+    if case.scales
+}
+"""All of them that have guidance."""

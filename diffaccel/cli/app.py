@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import DiffaccelError
-from . import demo, distill, environment, evaluate, listing, sample, train
+from . import calibrate, compare, demo, distill, environment, evaluate, listing, sample, train
 
 app = typer.Typer(
     name="diffaccel",
@@ -43,7 +43,9 @@ app.command(name="demo")(demo.demo)
 app.command(name="distill")(distill.distill)
 app.command(name="train")(train.train)
 app.command(name="sample")(sample.sample)
+app.command(name="calibrate")(calibrate.calibrate)
 app.add_typer(evaluate.app)
+app.add_typer(compare.app)
 app.command(name="list")(listing.show)
 app.command(name="env")(environment.env)
 

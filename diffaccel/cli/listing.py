@@ -24,6 +24,42 @@ def _grids():
     return [{"name": g.name, "what": g.summary, "source": g.source} for g in GRIDS.values()]
 
 
+def _guidance():
+    from ..guidance.registry import RULES
+
+    return [
+        {"name": r.name, "what": r.summary, "evaluations": r.evaluations, "options": _options(r), "paper": r.paper}
+        for r in RULES.values()
+    ]
+
+
+def _options(rule) -> str:
+    """Options with their defaults, as `--set` takes them; without those that are off or have to be given."""
+    text = [
+        option.name if option.default in (None, ()) else f"{option.name}={option.default}"
+        for option in rule.options().values()
+    ]
+    return ", ".join(text) or "none"
+
+
+def _guidance_settings():
+    from ..guidance.settings import SETTINGS
+
+    return [
+        {
+            "name": s.name,
+            "models": s.models,
+            "scale": "any" if s.scale is None else f"{s.scale:g}",
+            "eta": f"{s.eta:g}",
+            "norm_threshold": "calibrate" if s.norm_threshold is None else f"{s.norm_threshold:g}",
+            "momentum": f"{s.momentum:g}",
+            "source": s.source,
+            "how sure": s.confidence,
+        }
+        for s in SETTINGS.values()
+    ]
+
+
 def _methods():
     from ..distill.registry import METHODS
 
@@ -95,6 +131,8 @@ def _divergences():
 _KINDS = {
     "samplers": _samplers,
     "grids": _grids,
+    "guidance": _guidance,
+    "guidance-settings": _guidance_settings,
     "methods": _methods,
     "divergences": _divergences,
     "teachers": _teachers,

@@ -28,7 +28,10 @@ def sample(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="NAME=VALUE for the sampler, such as solver_order=2; repeat it.", show_default=False
+            "--set",
+            help="NAME=VALUE for the sampler, such as solver_order=2, or RULE.NAME=VALUE for guidance, such as apg.eta=0.5; "
+            "repeat it.",
+            show_default=False,
         ),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 100,
@@ -36,9 +39,17 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="Classes to draw in turn, such as 3 or 1,4,7; default all.")
     ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="See `diffaccel list guidance`; default: classifier-free guidance.")
+    ] = None,
     guidance_scale: Annotated[
-        float, typer.Option(help="Classifier-free guidance; other values than 1 double the NFE.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Guidance scale; default: the rule's own, and 1, no guidance, without --guidance. Other values than 1 "
+            "double the NFE.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per network call; changes them by rounding at most.")] = 256,
     output: Annotated[
         Path | None,
@@ -61,6 +72,14 @@ def sample(
     - `diffaccel sample runs/my-run/final --num 1000 --output samples/`
 
     - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
+
+    - `diffaccel sample digits --guidance apg --guidance-scale 12 --set apg.norm_threshold=2 --grid digits.png`
+
+    - `diffaccel sample digits --guidance cfg --guidance-scale 7 --set interval.sigma_range=[0.3,5] --grid digits.png`
+
+    - `diffaccel sample digits --guidance perp-neg --guidance-scale 5 --set perp-neg.negatives=3 --grid no-threes.png`
+
+    - `diffaccel sample digits --guidance autoguidance --set autoguidance.model=runs/early/final --grid digits.png`
     """
     if output is None and grid is None:
         raise UsageError("Say where the images go: --output FOLDER for single files, --grid FILE for one sheet.")
@@ -70,9 +89,7 @@ def sample(
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
     if steps is not None and nfe is not None:
         raise UsageError("Give either --steps or --nfe, not both.")
-    if overrides and sampler is None:
-        raise UsageError("--set changes a sampler: name it with --sampler, see `diffaccel list samplers`.")
-    wanted, options = _classes(classes), parse_overrides(overrides or [])
+    wanted, options = _classes(classes), settings(overrides, sampler, guidance)
     from ..models.teachers import read_index, resolve_teacher
 
     folder, _ = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
@@ -94,10 +111,11 @@ def sample(
         num,
         steps=steps,
         sampler=sampler,
-        sampler_options=options,
         nfe=nfe,
         seed=seed,
+        guidance=guidance,
         guidance_scale=guidance_scale,
+        **options,
         batch_size=batch_size,
         classes=wanted,
         device=device,
@@ -129,6 +147,30 @@ def sample(
         typer.echo(f"{written} images in {result['seconds']} s: {', '.join(places.values())}")
         if output is not None and sys.stderr.isatty():
             note(f"Next: diffaccel evaluate fid {output} digits")
+
+
+def settings(overrides: list[str] | None, sampler: str | None, guidance: str | None) -> dict[str, dict]:
+    """What `--set` says: arguments ``sampler_options`` and ``guidance_options`` of `generation.generate`.
+
+    Raises:
+        UsageError: a setting of something that was not chosen.
+    """
+    dotted, plain = [], []
+    for item in overrides or []:
+        (dotted if "." in item.partition("=")[0] else plain).append(item)
+    if plain and sampler is None:
+        raise UsageError(
+            f"--set {plain[0]} changes a sampler: name it with --sampler, see `diffaccel list samplers`; settings of "
+            "guidance have the rule in front, such as apg.eta=0.5."
+        )
+    rules = parse_overrides(dotted)
+    if rules and guidance is None:
+        from ..guidance.registry import RULES
+
+        first = next(iter(rules))
+        choice = first if first in RULES and not RULES[first].wrapper else "RULE, see `diffaccel list guidance`"
+        raise UsageError(f"--set {dotted[0]} changes guidance: choose it with --guidance {choice}.")
+    return {"sampler_options": parse_overrides(plain), "guidance_options": rules}
 
 
 def _classes(text: str | None) -> list[int] | None:

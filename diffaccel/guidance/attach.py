@@ -25,6 +25,8 @@ class Guidance:
         trusted: whether the layout was given by the caller, who then answers for it.
     """
 
+    run = Run  # what surrounds a call
+
     def __init__(self, pipe, rule: Rule, layout: str | None = None):
         self.pipe, self.rule = pipe, rule
         self.trusted, self.layout = layout is not None, layout or KNOWN.get(type(pipe).__name__)
@@ -50,7 +52,7 @@ class Guidance:
             arguments = dict(list(bound.arguments.items())[1:])
             self._running = True
             try:
-                with Run(self, pipe, cls, arguments):
+                with self.run(self, pipe, cls, arguments):
                     return cls.__call__(pipe, *args, **kwargs)
             finally:
                 self._running = False
@@ -81,7 +83,9 @@ def guide(pipe, rule: Rule, layout: str | None = None) -> Guidance:
         with diffaccel.guide(pipe, diffaccel.APG(scale=10)):
             images = pipe("a red apple").images
 
-    The pipeline has to run both its branches, so call it with its guidance on; at which scale does not matter.
+    The pipeline has to run both its branches, so call it with its guidance on; at which scale above 1 does not matter.
+    Copies of a guided pipeline are not guided. Where a pipeline defines guidance as c + s·(c − u), as Z-Image does, the
+    rule's scale for its s is s + 1.
 
     Args:
         pipe: a diffusers pipeline, classic or modular.
@@ -97,6 +101,13 @@ def guide(pipe, rule: Rule, layout: str | None = None) -> Guidance:
         raise UsageError(f"guide takes a rule, such as diffaccel.APG(scale=10); got {rule!r}.")
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", str(layout), LAYOUTS)
+    known = KNOWN.get(type(pipe).__name__, layout)
+    if layout not in (None, known):
+        raise GuidanceError(f"{type(pipe).__name__} has the layout {known!r}, not {layout!r}: leave layout= out.")
+    if hasattr(pipe, "blocks") and hasattr(pipe, "components"):
+        from .modular import ModularGuidance
+
+        return ModularGuidance(pipe, rule, layout)
     if not callable(pipe) or not hasattr(pipe, "scheduler"):
         raise UsageError(f"guide takes a diffusers pipeline with a scheduler; got {type(pipe).__name__}.")
     return Guidance(pipe, rule, layout)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import GuidanceError, UsageError
-from .batches import half, rows_of
+from .batches import SAMPLE, half, rows_of
 from .standins import stand_in
 
 # Arguments of networks that belong to the evaluation, not to the condition.
-_OF_THE_EVALUATION = ("sample", "hidden_states", "timestep", "return_dict")
+_OF_THE_EVALUATION = (*SAMPLE, "timestep", "t", "return_dict")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Condition:
         if "-" in layout:
             index = layout.split("-").index("cond")
             own_args, own_kwargs = half(own_args, self.rows, index), half(own_kwargs, self.rows, index)
+        stated, asked = rows_of(own_args, own_kwargs), rows_of(args, kwargs)
+        if stated != asked:
+            raise GuidanceError(
+                f"A negative describes {stated} samples where the call makes {asked}: give one, or one each."
+            )
         changed = {name: value for name, value in own_kwargs.items() if name in kwargs and _is_condition(name)}
         return (*args[:2], *own_args[2:]), {**kwargs, **changed}
 
@@ -50,15 +55,21 @@ def capture(pipe, cls: type, call: dict, changes: Mapping, networks: tuple[str, 
         pipe: the pipeline.
         cls: its class, whose call is started.
         call: arguments of the call by name.
-        changes: arguments that state the condition; a single prompt or class is repeated over the batch of the call.
+        changes: arguments that state the condition; a single prompt, embedding or class is repeated over the batch of
+            the call. Where they state a prompt, nothing is left of the call's own.
         networks: names of components, one of which the pipeline calls.
 
     Raises:
-        UsageError: arguments that the pipeline does not have.
+        UsageError: arguments that the pipeline does not have, or a negative prompt in the call.
     """
     stranger = next((name for name in changes if name not in call), None)
     if stranger is not None:
         raise UsageError(f"{cls.__name__} has no argument {stranger!r}; state negatives by arguments of its call.")
+    if any(any(map(str.strip, _texts(value))) for name, value in call.items() if name.startswith("negative_prompt")):
+        raise UsageError(
+            f"Call {cls.__name__} with an empty negative_prompt: what is not wanted are the negatives of the rule, which "
+            "compares them with the empty prompt."
+        )
     prompts = any(map(_is_prompt, changes))
     given = {name: None if prompts and _is_prompt(name) else value for name, value in call.items()}
     given |= {name: _repeated(value, call, name) for name, value in changes.items()}
@@ -70,17 +81,21 @@ def capture(pipe, cls: type, call: dict, changes: Mapping, networks: tuple[str, 
         started.append((args, kwargs))
         raise _Started
 
-    slots, bar = pipe.__dict__, getattr(pipe, "_progress_bar_config", {})
-    own = {name: slots[name] for name in networks if isinstance(slots.get(name), torch.nn.Module)}
+    slots, bar = pipe.__dict__, "_progress_bar_config"
+    before = {name: slots[name] for name in (*networks, bar) if name in slots}
+    own = {name: value for name, value in before.items() if isinstance(value, torch.nn.Module)}
     try:
         slots.update({name: stand_in(network, __call__=stopping) for name, network in own.items()})
-        slots["_progress_bar_config"] = {**bar, "disable": True}
-        with torch.random.fork_rng():  # its noise is thrown away and must not change that of the real call
+        slots[bar] = {**before.get(bar, {}), "disable": True}
+        # Its noise is thrown away and must not change that of the real call.
+        device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             cls.__call__(pipe, **given)
     except _Started:
         pass
     finally:
-        slots.update(own, _progress_bar_config=bar)
+        slots.pop(bar, None)
+        slots.update(before)
     if not started:
         raise GuidanceError(f"{cls.__name__} did not call its network for the condition {dict(changes)!r}.")
     args, kwargs = started[0]
@@ -97,10 +112,17 @@ def _is_condition(name: str) -> bool:
     )
 
 
+def _texts(value) -> list[str]:
+    return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
+
+
 def _repeated(value, call: dict, name: str):
-    """A single prompt or class for every one of the call."""
+    """A single prompt, embedding or class for every one of the call."""
     like = call.get(name)
-    if isinstance(value, (str, int)) and isinstance(like, (list, tuple)):
-        return [value] * len(like)
-    embeds = call.get("prompt_embeds")
-    return [value] * len(embeds) if isinstance(value, str) and embeds is not None else value
+    if like is None and _is_prompt(name):  # the call stated its prompts in another way
+        like = next((call[other] for other in ("prompt", "prompt_embeds") if call.get(other) is not None), None)
+    if not isinstance(like, (list, tuple)) and not (isinstance(like, torch.Tensor) and like.ndim):
+        return value
+    if isinstance(value, torch.Tensor) and len(value) == 1:
+        return value.expand(len(like), *value.shape[1:])
+    return [value] * len(like) if isinstance(value, (str, int)) else value

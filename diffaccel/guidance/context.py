@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +50,19 @@ class Level:
         return p * self.scale, r
 
 
+class Target(NamedTuple):
+    """The level of the state after a step, in the scale of x: to first order alpha·x0 + kept·ε, and fresh noise.
+
+    Attributes:
+        alpha, sigma: of the whole state.
+        kept: share of sigma that is the predicted ε; all of it where the step adds no noise.
+    """
+
+    alpha: float
+    sigma: float
+    kept: float
+
+
 @dataclass
 class Context:
     """One evaluation of a run.
@@ -58,7 +72,7 @@ class Context:
         steps: number of evaluations of the run, None where unknown.
         find_level: computes the noise level; asked at most once, and only by rules that need it.
         x: (B, …) the state as the scheduler carries it; None while the network is still to be called.
-        find_target: computes (alpha, sigma) of the state after this step, in the scale of x.
+        find_target: computes the level of the state after this step.
         memory: what rules keep between the evaluations of one run; empty at its start.
     """
 
@@ -66,7 +80,7 @@ class Context:
     steps: int | None
     find_level: Callable[[], Level]
     x: torch.Tensor | None = None
-    find_target: Callable[[], tuple[float, float]] | None = None
+    find_target: Callable[[], Target] | None = None
     memory: dict = field(default_factory=dict)
 
     @cached_property
@@ -79,8 +93,8 @@ class Context:
         return self.find_level()
 
     @cached_property
-    def target(self) -> tuple[float, float]:
-        """(alpha, sigma) of the state after this step, in the scale of x.
+    def target(self) -> Target:
+        """The level of the state after this step.
 
         Raises:
             GuidanceError: the scheduler does not tell.

@@ -30,12 +30,12 @@ def projection(a: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
 
 
 def classifier_free(c: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
-    """u + scale·(c − u) (Ho & Salimans 2022, eq. 6, in the scale of diffusers: 1 is c)."""
+    """u + scale·(c − u) (Ho & Salimans 2022, in the scale of diffusers: 1 is c)."""
     return u + scale * (c - u)
 
 
 def capped(difference: torch.Tensor, norm_threshold: float | None) -> torch.Tensor:
-    """The difference, shortened to the norm threshold where it is longer (Sadat et al. 2025, §4.2); None for no cap."""
+    """The difference, shortened to the norm threshold where it is longer (Sadat et al. 2025, algorithm 1); None for no cap."""
     if norm_threshold is None:
         return difference
     length = norm(difference).clamp_min(norm_threshold)  # the ratio is 1 where the cap does not act, also for 0
@@ -43,25 +43,25 @@ def capped(difference: torch.Tensor, norm_threshold: float | None) -> torch.Tens
 
 
 def projected(difference: torch.Tensor, onto: torch.Tensor, eta: float) -> torch.Tensor:
-    """The difference with its part parallel to ``onto`` multiplied by eta (Sadat et al. 2025, eq. 7)."""
+    """The difference with its part parallel to ``onto`` multiplied by eta (Sadat et al. 2025, algorithm 1)."""
     return difference if eta == 1.0 else difference - (1.0 - eta) * projection(difference, onto)
 
 
 def rescaled(guided: torch.Tensor, c: torch.Tensor, factor: float) -> torch.Tensor:
-    """Blend with the guided prediction brought to the standard deviation of c (Lin et al. 2023, eq. 15 and 16)."""
+    """Blend with the guided prediction brought to the standard deviation of c (Lin et al. 2023, section 3.4)."""
     ratio = c.std(_axes(c), keepdim=True) / guided.std(_axes(c), keepdim=True)
     return factor * (guided * ratio) + (1.0 - factor) * guided
 
 
 def zero_star(c: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
-    """s·u + scale·(c − s·u) with s·u the projection of c onto u (Fan et al. 2025, CFG-Zero*, eq. 9)."""
+    """s·u + scale·(c − s·u) with s·u the projection of c onto u (Fan et al. 2025, CFG-Zero*)."""
     return classifier_free(c, projection(c, u), scale)
 
 
 def perpendicular_negatives(
     c: torch.Tensor, u: torch.Tensor, negatives: list[torch.Tensor], weights: list[float], scale: float
 ) -> torch.Tensor:
-    """u + scale·(p − Σ wᵢ·nᵢ⊥), p = c − u, nᵢ⊥ the part of negativeᵢ − u perpendicular to p (Armandpour et al. 2023, §4).
+    """u + scale·(p − Σ wᵢ·nᵢ⊥), p = c − u, nᵢ⊥ the part of negativeᵢ − u perpendicular to p (Armandpour et al. 2023, Perp-Neg).
 
     u must be the prediction for the empty prompt, not for a negative one.
     """

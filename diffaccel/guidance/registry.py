@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..core.errors import UsageError, unknown
+from ..core.errors import DataError, UsageError, unknown
 from ..core.lazy import load_object
 
 
@@ -19,6 +20,7 @@ class RuleInfo:
         evaluations: network evaluations per sampler call, in words where it depends.
         target: "module:class".
         wrapper: it changes another rule, and is added to it by setting one of its options.
+        needs: example of the option without which it is nothing, if there is one.
     """
 
     name: str
@@ -27,6 +29,7 @@ class RuleInfo:
     evaluations: str
     target: str
     wrapper: bool = False
+    needs: str = ""
 
     def load(self) -> type:
         """Import and return the class."""
@@ -38,8 +41,8 @@ class RuleInfo:
         return {name: value for name, value in parameters.items() if name not in ("scale", "rule")}
 
 
-def _rule(name, summary, paper, evaluations, cls, module="rules", wrapper=False) -> RuleInfo:
-    return RuleInfo(name, summary, paper, evaluations, f"diffaccel.guidance.{module}:{cls}", wrapper)
+def _rule(name, summary, paper, evaluations, cls, module="rules", wrapper=False, needs="") -> RuleInfo:
+    return RuleInfo(name, summary, paper, evaluations, f"diffaccel.guidance.{module}:{cls}", wrapper, needs)
 
 
 RULES = {
@@ -73,6 +76,7 @@ RULES = {
             "Armandpour et al. 2023 (arXiv 2304.04968)",
             "2 + negatives",
             "PerpNeg",
+            needs="negatives=3",
         ),
         _rule(
             "autoguidance",
@@ -80,6 +84,7 @@ RULES = {
             "Karras et al. 2024 (arXiv 2406.02507)",
             "1 + weak model",
             "AutoGuidance",
+            needs="model=FOLDER",
         ),
         _rule(
             "interval",
@@ -88,6 +93,7 @@ RULES = {
             "1 outside",
             "Interval",
             wrapper=True,
+            needs="sigma_range=[0.3,5]",
         ),
         _rule(
             "rescale",
@@ -96,6 +102,7 @@ RULES = {
             "as inside",
             "Rescale",
             wrapper=True,
+            needs="factor=0.7",
         ),
     )
 }
@@ -108,34 +115,65 @@ def build_rule(name: str, scale: float | None = None, options: Mapping[str, Mapp
         name: of a rule that is no wrapper.
         scale: guidance scale; None for the rule's default.
         options: by rule, such as {"apg": {"eta": 0.5}, "interval": {"sigma_range": [0.3, 5]}}; naming a wrapper adds it.
+            Negatives of perp-neg may be classes, and the model of autoguidance a teacher name or folder.
 
     Raises:
         UsageError: an unknown rule, an option that it does not have, or a value that it refuses.
+        DataError, MissingWeightsError: the weak model of autoguidance cannot be opened.
     """
+    options = {} if options is None else dict(options)
+    _check_names(name, options)
+    given, needed = dict(options.pop(name, {})), RULES[name].needs
+    if needed and needed.partition("=")[0] not in given:
+        raise UsageError(f"{name} works with something besides the model: set {name}.{needed}.")
+    if isinstance(given.get("model"), (str, Path)):
+        given["model"] = _network(given["model"])
+    negatives = given.get("negatives")
+    if isinstance(negatives, (int, list)):
+        classes = negatives if isinstance(negatives, list) else [negatives]
+        given["negatives"] = [{"class_labels": item} if isinstance(item, int) else item for item in classes]
+    rule = _made(name, **given, **({} if scale is None else {"scale": scale}))
+    for wrapper in ("rescale", "interval"):  # an interval outermost, so that it spares what a rescaled rule needs
+        if wrapper in options:
+            rule = _made(wrapper, rule=rule, **options[wrapper])
+    return rule
+
+
+def _check_names(name: str, options: Mapping[str, Mapping]) -> None:
+    """Refuse a name that is no rule of its own, and options that the rules do not have."""
     plain = [rule.name for rule in RULES.values() if not rule.wrapper]
     if name not in plain:
+        if name in RULES:
+            raise UsageError(
+                f"{name} changes another rule: choose that one, such as cfg, and set {name}.{RULES[name].needs}."
+            )
         raise unknown("guidance", str(name), plain)
-    options = dict(options or {})
     for group, values in options.items():
         if group not in RULES:
             raise unknown("guidance", group, RULES)
         if group != name and not RULES[group].wrapper:
-            raise UsageError(f"Options of {group} have no effect on {name}.")
+            raise UsageError(f"Options of {group} do nothing in {name}: choose {group} as guidance, or leave them out.")
+        known = RULES[group].options()
         if not isinstance(values, Mapping):
-            raise UsageError(f"{group} is a rule: set one of its options, {', '.join(RULES[group].options())}.")
-        for option in values:
-            if option not in RULES[group].options():
-                raise unknown(f"option of {group}", option, RULES[group].options())
-    given = dict(options.pop(name, {}))
-    if isinstance(given.get("model"), str):
-        from ..models.teachers import load_pipeline
+            raise UsageError(f"{group} is a rule: set one of its options, {', '.join(known)}.")
+        if "scale" in values:
+            raise UsageError(f"The scale of {group} is the guidance scale; set that one in place of {group}.scale.")
+        for option in values.keys() - known.keys():
+            raise unknown(f"option of {group}", option, known)
 
-        given["model"] = load_pipeline(given["model"]).unet
-    if isinstance(given.get("negatives"), (int, list)):  # classes
-        classes = given["negatives"] if isinstance(given["negatives"], list) else [given["negatives"]]
-        given["negatives"] = [{"class_labels": item} if isinstance(item, int) else item for item in classes]
-    rule = RULES[name].load()(**given, **({} if scale is None else {"scale": scale}))
-    for wrapper in ("rescale", "interval"):  # an interval outermost, so that it spares what a rescaled rule needs
-        if wrapper in options:
-            rule = RULES[wrapper].load()(rule, **options[wrapper])
-    return rule
+
+def _network(model: str | Path):
+    from ..models.teachers import load_pipeline
+
+    weak = load_pipeline(model)
+    if not hasattr(weak, "unet"):
+        raise DataError(f"{model} is a {type(weak).__name__} without a U-Net; pass its network, AutoGuidance(model=…).")
+    return weak.unet
+
+
+def _made(name: str, **arguments):
+    try:
+        return RULES[name].load()(**arguments)
+    except TypeError:  # words where numbers belong, or a number where a list does
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if key != "rule")
+        raise UsageError(f"{name} cannot be made with {given}; see `diffaccel list guidance`.") from None

@@ -5,7 +5,6 @@ A rule is an immutable description; what it remembers during a run lives in the 
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,64 +12,8 @@ import torch
 
 from ..core.errors import GuidanceError, UsageError, unknown
 from . import functional
+from .base import COND, UNCOND, Extra, Rule, check_number, is_number
 from .context import Context
-
-COND, UNCOND = "cond", "uncond"
-Predictions = Mapping[str, torch.Tensor]  # by branch, each (B, …), raw outputs of one parametrisation, ≥ float32
-
-
-class Rule(ABC):
-    """How predictions become the guided one. A new rule defines `branches` and ``__call__``."""
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Branches that some evaluation of a run will need; "uncond" makes a run without that branch an error."""
-        return frozenset({COND, UNCOND})
-
-    def branches(self, context: Context) -> frozenset[str]:
-        """Branches that this evaluation needs; the others are not computed."""
-        return self.requires
-
-    @abstractmethod
-    def __call__(self, predictions: Predictions, context: Context) -> torch.Tensor:
-        """The guided prediction, in the parametrisation of the predictions and of their shape (B, …)."""
-
-    def correct(self, state: torch.Tensor, context: Context) -> torch.Tensor:
-        """Change the state (B, …) after the scheduler's step."""
-        return state
-
-    def extra(self, branch: str) -> "Extra":
-        """Where a branch besides "cond" and "uncond" comes from."""
-        raise KeyError(branch)
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A branch that the pipeline does not compute by itself.
-
-    Attributes:
-        network: evaluated in place of the pipeline's own; None for that one.
-        arguments: arguments of a pipeline call that describe its condition, such as {"prompt": "a dog"}; None for
-            the condition of the call itself.
-    """
-
-    network: torch.nn.Module | None = None
-    arguments: Mapping | None = None
-
-
-def check_number(
-    rule: Rule, name: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
-) -> None:
-    """Refuse a value that is no finite number within the bounds.
-
-    Raises:
-        UsageError: the value.
-    """
-    value = getattr(rule, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (open_ends and value in (low, high)):
-        ends = f"{'(' if open_ends else '['}{low:g}, {high:g}{')' if open_ends else ']'}"
-        raise UsageError(f"{type(rule).__name__} needs {name} to be a number in {ends}; got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -135,6 +78,27 @@ class APG(Rule):
     def requires(self):
         return frozenset({COND}) if self.scale == 1.0 and self.anchor == COND else super().requires
 
+    @classmethod
+    def from_diffusers_guider(cls, guider) -> Rule:
+        """The rule that computes what a diffusers AdaptiveProjectedGuidance does, its interval and rescaling included.
+
+        Raises:
+            UsageError: a guider of another class, or one with norms over some axes only.
+        """
+        if (
+            type(guider).__name__ != "AdaptiveProjectedGuidance"
+            or guider.adaptive_projected_guidance_norm_dim is not None
+        ):
+            raise UsageError(f"Pass an AdaptiveProjectedGuidance of diffusers without norm_dim; got {guider!r}.")
+        scale, span, original = guider.guidance_scale, (guider._start, guider._stop), guider.use_original_formulation
+        if not guider._enabled or span[0] >= span[1] or math.isclose(scale, 0.0 if original else 1.0):
+            return CFG(1.0)
+        cap, momentum = guider.adaptive_projected_guidance_rescale, guider.adaptive_projected_guidance_momentum or 0.0
+        end = (scale + 1.0, COND) if original else (scale, UNCOND)
+        rule = cls(end[0], guider.eta, cap if cap > 0 else None, momentum, "raw", end[1])
+        rule = Rescale(rule, guider.guidance_rescale) if guider.guidance_rescale > 0 else rule
+        return rule if span == (0.0, 1.0) else Interval(rule, fraction_range=span)
+
     def __call__(self, predictions, context):
         c = predictions[COND]
         if UNCOND not in self.requires:
@@ -174,6 +138,9 @@ class CFGZeroStar(Rule):
         check_number(self, "scale")
         if not isinstance(self.zero_init_steps, int) or self.zero_init_steps < 0:
             raise UsageError(f"zero_init_steps must be a whole number of at least 0; got {self.zero_init_steps!r}.")
+
+    def branches(self, context):
+        return frozenset({COND}) if context.step < self.zero_init_steps else self.requires
 
     def __call__(self, predictions, context):
         c = predictions[COND]
@@ -220,7 +187,8 @@ class PerpNeg(Rule):
     Args:
         scale: as in `CFG`.
         negatives: one or more prompts, or arguments of the pipeline's call that stand for them, such as
-            {"prompt_embeds": …} or {"class_labels": …}. The call's own negative prompt must be empty.
+            {"class_labels": 3} or {"prompt_embeds": …} with all that belongs to it there (pooled embeddings, masks). One
+            serves every prompt of the call; else as many as these. The call's own negative prompt must be empty.
         weights: of the negatives, ≥ 0; one number for all or one each.
 
     Raises:
@@ -237,9 +205,9 @@ class PerpNeg(Rule):
         object.__setattr__(self, "negatives", (self.negatives,) if alone else tuple(self.negatives or ()))
         if not self.negatives or not all(isinstance(n, (str, Mapping)) for n in self.negatives):
             raise UsageError('PerpNeg needs negatives: prompts or call arguments, such as PerpNeg(negatives="blurry").')
-        single = isinstance(self.weights, (int, float))
-        weights = (float(self.weights),) * len(self.negatives) if single else tuple(self.weights)
-        if len(weights) != len(self.negatives) or not all(0 <= weight < math.inf for weight in weights):
+        several = isinstance(self.weights, (tuple, list))
+        weights = tuple(self.weights) if several else (self.weights,) * len(self.negatives)
+        if len(weights) != len(self.negatives) or not all(is_number(weight) and weight >= 0 for weight in weights):
             raise UsageError(f"PerpNeg needs a weight ≥ 0 per negative ({len(self.negatives)}); got {self.weights!r}.")
         object.__setattr__(self, "weights", weights)
 
@@ -276,6 +244,9 @@ class _Wrapper(Rule):
 
     def extra(self, branch):
         return self.rule.extra(branch)
+
+    def check(self, arguments):
+        self.rule.check(arguments)
 
     def correct(self, state, context):
         return self.rule.correct(state, context)
@@ -329,7 +300,8 @@ class Interval(_Wrapper):
         for name, high in (("sigma_range", math.inf), ("fraction_range", 1.0)):
             ends = getattr(self, name)
             if ends is not None:
-                if not (isinstance(ends, (tuple, list)) and len(ends) == 2 and 0.0 <= ends[0] < ends[1] <= high):
+                two = isinstance(ends, (tuple, list)) and len(ends) == 2 and is_number(ends[0])
+                if not (two and isinstance(ends[1], (int, float)) and 0.0 <= ends[0] < ends[1] <= high):
                     raise UsageError(f"{name} must be two numbers, 0 ≤ low < high ≤ {high:g}; got {ends!r}.")
                 object.__setattr__(self, name, tuple(map(float, ends)))
 
@@ -359,7 +331,7 @@ class Interval(_Wrapper):
 
 @dataclass(frozen=True)
 class CFGPlusPlus(Rule):
-    """CFG++: denoise with guidance, renoise with the unconditional prediction (Chung et al. 2025, algorithm 2).
+    """CFG++: denoise with guidance, renoise with the unconditional prediction (Chung et al. 2025).
 
     The state after the step is corrected by σ'·(ε_u − ε_guided), which is the paper's step for first-order samplers and
     its first-order part for multistep ones.
@@ -379,7 +351,7 @@ class CFGPlusPlus(Rule):
     def __call__(self, predictions, context):
         c, u = predictions[COND], predictions[UNCOND]
         _, to_noise = context.level.affine("epsilon")
-        context.memory["correction"] = (context.target[1] * to_noise * self.scale) * (u - c)
+        context.memory["correction"] = (context.target.kept * to_noise * self.scale) * (u - c)
         return functional.classifier_free(c, u, self.scale)
 
     def correct(self, state, context):

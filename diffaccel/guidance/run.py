@@ -2,23 +2,36 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..core.errors import GuidanceError
-from .batches import doubled, half, rows_of, tensor_of
+from .batches import doubled, half, rows_of, samples_of, tensor_of
 from .conditions import Condition, capture
 from .context import Context
-from .layouts import KNOWN, Branches, cond_only, recognise, repeated, shaped
+from .layouts import KNOWN, NAMES, Branches, agree, cond_only, recognise, repeated, shaped
 from .levels import level_of, target_of
 from .rules import COND, UNCOND
 from .standins import stand_in
 
 NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 """Components of pipelines that predict."""
+
+_SCALES = ("true_cfg_scale", "max_guidance_scale", "guidance_scale")
+
+# Arguments by which pipelines guide in further ways, and what switches these off.
+_FURTHER_GUIDANCE = {
+    "guidance_rescale": 0.0,
+    "pag_scale": 0.0,
+    "sag_scale": 0.0,
+    "stg_scale": 0.0,
+    "skip_guidance_layers": None,
+    "cfg_normalization": False,
+}
 
 
 @dataclass
@@ -44,8 +57,13 @@ class Run:
     def __init__(self, guidance, pipe, cls: type, arguments: dict):
         self.guidance, self.rule, self.pipe, self.cls, self.arguments = guidance, guidance.rule, pipe, cls, arguments
         self.step, self.start = 0, None  # evaluations before this one; index of the first in the scheduler's timesteps
+        self.stepped: Counter[float] = Counter()  # by timestep
         self.memory: dict = {}
         self.conditions: dict[str, Condition] = {}
+        extended = any(_is_extension(name) and value is not None for name, value in arguments.items())
+        # Whether `half` is right about the arguments of the network; None until that is tried.
+        self.halves: bool | None = True if cls.__name__ in KNOWN and not extended else None
+        self.doubled: int | None = None  # samples in calls of the network of which half are u and half are c
         self._begin_evaluation()
 
     def _begin_evaluation(self) -> None:
@@ -78,20 +96,36 @@ class Run:
             )
 
     def _check_call(self) -> None:
-        name, scale = self.cls.__name__, self.arguments.get("guidance_scale", self.arguments.get("max_guidance_scale"))
-        known = name in KNOWN and "true_cfg_scale" not in self.arguments and isinstance(scale, (int, float))
-        if UNCOND in self.rule.requires and known and scale <= 1.0:
-            raise self._without_uncond(f"was called with guidance_scale={scale:g} and so")
+        self.rule.check(self.arguments)
+        for name, off in _FURTHER_GUIDANCE.items():
+            value = self.arguments.get(name, off)
+            if value != off and not self.guidance.trusted:
+                effect = f" (for its effect, guide by diffaccel.Rescale(rule, factor={value}))"
+                raise GuidanceError(
+                    f"{self.cls.__name__} was called with {name}={value!r}, which guides further than the rule: call it with "
+                    f"{name}={off!r}{effect if name == 'guidance_rescale' else ''}."
+                )
+        if self._own_scale is not None and self._own_scale <= 1.0 and UNCOND in self.rule.requires:
+            raise self._without_uncond(f"was called with guidance_scale={self._own_scale:g} and so ")
 
-    def _without_uncond(self, how: str) -> GuidanceError:
-        remedy = (
-            "true_cfg_scale above 1 and a negative_prompt"
-            if "true_cfg_scale" in self.arguments
-            else "guidance_scale above 1"
-        )
+    @property
+    def _own_scale(self) -> float | None:
+        """The scale that alone decides whether this pipeline runs both branches; None where that is not known."""
+        scale = self.arguments.get("guidance_scale", self.arguments.get("max_guidance_scale"))
+        known = self.cls.__name__ in KNOWN and "true_cfg_scale" not in self.arguments
+        return float(scale) if known and isinstance(scale, (int, float)) else None
+
+    def _without_uncond(self, how: str = "") -> GuidanceError:
+        name, rule = self.cls.__name__, type(self.rule).__name__
+        scale = next((key for key in self.arguments if key in _SCALES), None)
+        if scale is None:
+            return GuidanceError(
+                f"{name} has no guidance of its own, and so no unconditional branch, which {rule} needs."
+            )
+        negative = " and a negative_prompt" if scale == "true_cfg_scale" else ""
         return GuidanceError(
-            f"{self.cls.__name__} {how} runs without its unconditional branch, which {type(self.rule).__name__} needs: call it "
-            f"with {remedy} (the rule's own scale is what counts)."
+            f"{name} {how}runs without its unconditional branch, which {rule} needs: call it with {scale} above 1{negative} "
+            "(the rule's own scale is what counts)."
         )
 
     def _calling(self, network):
@@ -113,52 +147,79 @@ class Run:
         """Call the network as far as the rule needs it, and remember the call."""
         if len(self.calls) == 2:
             raise GuidanceError(
-                "The network was called three times without a step of the scheduler in between; pipelines with more than two "
-                "branches, or with steps of their own, cannot be guided."
+                f"{self.cls.__name__} calls its network three times without a step of its scheduler in between; pipelines with "
+                "more than two branches, or with steps of their own, cannot be guided."
             )
         if self.context is None:
             self.context = self._ahead(args, kwargs)
-        index = self._spared(args, kwargs)
-        if index is None:
-            output = network(*args, **kwargs)
-        elif index == "whole":
-            output = self.calls[0].output
-        else:
-            rows = rows_of(args, kwargs)
-            args, kwargs = half(args, rows, index), half(kwargs, rows, index)
-            output = network(*args, **kwargs)
-        self.left_out |= index is not None
-        self.calls.append(Call(network, args, kwargs, output))
-        return doubled(output) if index in (0, 1) else output
+        if UNCOND not in self.rule.branches(self.context):
+            # Where u comes first in calls of their own, its shape is still unknown when it would be left out.
+            if self.calls and self.guidance.layout == "cond, uncond":
+                self.left_out = True
+                self.calls.append(replace(self.calls[0], network=network))
+                return self.calls[0].output
+            if self._is_doubled(args, kwargs):
+                return self._evaluate_half(network, args, kwargs)
+        return self._called(network, args, kwargs)
 
-    def _spared(self, args, kwargs):
-        """What of this call to leave out: None for nothing, "whole", or the index of the half of the batch to keep."""
-        layout = self.guidance.layout
-        if layout is None or UNCOND in self.rule.branches(self.context):
-            return None
-        if ", " in layout:
-            # Where u comes first, its shape is still unknown when it would be left out.
-            return "whole" if self.calls and layout.startswith(COND) else None
-        return None if rows_of(args, kwargs) % 2 else layout.split("-").index(COND)
+    def _called(self, network, args, kwargs):
+        output = network(*args, **kwargs)
+        self.calls.append(Call(network, args, kwargs, output))
+        return output
+
+    def _is_doubled(self, args, kwargs) -> bool:
+        """Whether a call holds both branches: without guidance, an even number of samples looks the same."""
+        samples, scale = samples_of(args, kwargs), self._own_scale
+        if self.step == 0 and scale is not None and scale > 1.0 and "-" in self.guidance.layout:
+            told = getattr(self.pipe, "do_classifier_free_guidance", None)
+            if told is None:
+                told = len(samples) % 2 == 0 and torch.equal(*samples.chunk(2))
+            self.doubled = len(samples) if told else None
+        return len(samples) == self.doubled
+
+    def _evaluate_half(self, network, args, kwargs):
+        """Call the network for c alone, and hand it out as u too; all of it where that is not possible."""
+        index = self.guidance.layout.split("-").index(COND)
+        if not self.halves:
+            output = self._called(network, args, kwargs)
+            if self.halves is None:
+                self._half(self.calls[-1], index)
+            return output
+        self.left_out = True
+        return doubled(self._called(network, half(args, self.doubled, index), half(kwargs, self.doubled, index)))
+
+    def _half(self, call: Call, index: int) -> tuple[tuple, dict]:
+        """Arguments of a call for one of its branches; `halves` tells whether they are, and is found out here."""
+        rows = rows_of(call.args, call.kwargs)
+        args, kwargs = half(call.args, rows, index), half(call.kwargs, rows, index)
+        if self.halves is None:
+            try:
+                self.halves = agree(tensor_of(call.network(*args, **kwargs)), tensor_of(call.output).chunk(2)[index])
+            except Exception:  # of the network, which got something that `half` did not understand
+                self.halves = False
+        return args, kwargs
 
     def _ahead(self, args, kwargs) -> Context:
         """The context of an evaluation before the scheduler tells more about it."""
         scheduler = self.pipe.scheduler
-        if self.start is None:
-            begin = getattr(scheduler, "begin_index", None)
-            self.start = _position(scheduler, args, kwargs) if begin is None else begin
-        unknown = self.start is None
-        steps = None if unknown else len(scheduler.timesteps) - self.start
+        begin, entries = getattr(scheduler, "begin_index", None), len(scheduler.timesteps)
+        index = _position(scheduler, args, kwargs) if begin is None else begin + self.step
+        if self.start is None and index is not None:
+            self.start = index
+        steps = getattr(self.pipe, "num_timesteps", None)  # some pipelines stop before the last
+        if steps is None and self.start is not None:
+            steps = entries - self.start
 
         def find_level():
-            if unknown:
+            if index is None or index >= entries:
                 raise GuidanceError(
                     "The noise level of this pipeline's evaluations is not known before they are made; use "
                     "Interval(fraction_range=(start, stop))."
                 )
-            return level_of(scheduler, scheduler.timesteps[self.start + self.step])
+            return level_of(scheduler, scheduler.timesteps[index])
 
-        return Context(self.step, steps, find_level, memory=self.memory)
+        known = steps is not None and self.step < steps
+        return Context(self.step, steps if known else None, find_level, memory=self.memory)
 
     def _advance(self, original, signature, scheduler, args, kwargs):
         """The scheduler's step with the rule's prediction in place of the pipeline's."""
@@ -168,10 +229,11 @@ class Run:
             raise GuidanceError(
                 f"{self.cls.__name__} steps its {type(scheduler).__name__} in a way that guidance does not know."
             )
+        self._check_once(scheduler, given["timestep"])
         branches, context = self._branches(given["model_output"]), self.context
         context.x = given["sample"].chunk(branches.copies)[0]
         context.find_level = partial(level_of, scheduler, given["timestep"])
-        context.find_target = partial(target_of, scheduler, given["timestep"])
+        context.find_target = partial(target_of, scheduler, given["timestep"], eta=given.get("eta", 0.0))
         given["model_output"] = branches.restore(self._guided(branches), given["model_output"])
         result = original(*bound.args, **bound.kwargs)
         state = result[0]
@@ -182,15 +244,27 @@ class Run:
         self._begin_evaluation()
         return result
 
+    def _check_once(self, scheduler, timestep) -> None:
+        """Steps of several trajectories in turn would get each other's momentum."""
+        time = _number(timestep)
+        self.stepped[time] += 1
+        if self.stepped[time] > max(1, int((scheduler.timesteps == time).sum())):
+            raise GuidanceError(
+                f"{self.cls.__name__} steps its scheduler repeatedly at timestep {time:g}, as for views of a panorama or a run "
+                "that begins anew; guidance follows one run of one picture."
+            )
+
     def _branches(self, result: torch.Tensor) -> Branches:
         outputs = [tensor_of(call.output) for call in self.calls]
         if self.left_out:
-            return cond_only(outputs[0], result)
+            return cond_only(outputs[0], result, self.guidance.trusted)
         guidance = self.guidance
         found = recognise(outputs, result, guidance.layout, guidance.trusted)
         if found.uncond is None and UNCOND in self.rule.requires:
-            raise self._without_uncond("runs")
+            raise self._without_uncond()
         guidance.layout = guidance.layout or found.layout
+        if found.layout is not None and "-" in found.layout:
+            self.doubled = len(outputs[0])
         return found
 
     def _guided(self, branches: Branches) -> torch.Tensor:
@@ -198,20 +272,31 @@ class Run:
         if branches.uncond is not None:
             predictions[UNCOND] = _wide(branches.uncond)
         for branch in sorted(self.rule.branches(self.context) - {COND, UNCOND}):
-            predictions[branch] = _wide(shaped(self._extra(branch, branches.layout), branches.cond))
+            predictions[branch] = branches.sign * _wide(shaped(self._extra(branch, branches), branches.cond))
         return self.rule(predictions, self.context)
 
-    def _extra(self, branch: str, layout: str | None) -> torch.Tensor:
-        """A branch that the pipeline does not compute: the call of its conditional branch with something exchanged."""
-        layout = layout or self.guidance.layout or ""
+    def _extra(self, branch: str, branches: Branches) -> torch.Tensor:
+        """A branch that the pipeline does not compute: the call of its conditional branch with something exchanged.
+
+        Raises:
+            GuidanceError: that call cannot be had.
+        """
+        layout = branches.layout or self.guidance.layout
         call = self.calls[1 if layout == "uncond, cond" and len(self.calls) == 2 else 0]
         args, kwargs, rows = call.args, call.kwargs, rows_of(call.args, call.kwargs)
-        whole = "-" in layout and not self.left_out
-        if whole:
-            index = layout.split("-").index(COND)
-            args, kwargs = half(args, rows, index), half(kwargs, rows, index)
+        both = branches.uncond is not None
+        if both and layout is None and branch in self.conditions:
+            raise GuidanceError(f"The two branches agree and do not tell which is which: pass layout=, one of {NAMES}.")
+        if rows == 2 * len(branches.cond):
+            index = (layout or "cond-uncond").split("-").index(COND)
+            args, kwargs = self._half(call, index)
+            if not self.halves:
+                raise GuidanceError(
+                    f"The network of this {self.cls.__name__} cannot be called for one of its two branches, and so not for the "
+                    f"further one that {type(self.rule).__name__} needs; use a rule without."
+                )
         if branch in self.conditions:
-            args, kwargs = self.conditions[branch].applied(args, kwargs, layout)
+            args, kwargs = self.conditions[branch].applied(args, kwargs, layout or "")
         network = self.rule.extra(branch).network or call.network
         return tensor_of(network(*args, **kwargs))
 
@@ -221,13 +306,22 @@ def _position(scheduler, args: tuple, kwargs: dict) -> int | None:
     time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     if time is None:
         return None
-    time = float(time.max()) if isinstance(time, torch.Tensor) else float(time)
-    times = scheduler.timesteps.double().cpu()
+    time = _number(time)
+    times = scheduler.timesteps.cpu().double()  # in this order: not every device has float64
     for unit in (1.0, float(scheduler.config.get("num_train_timesteps", 1000))):  # some networks take t / 1000
         distance, index = (times - time * unit).abs().min(0)
         if distance <= 4e-3 * max(abs(time * unit), 1.0):  # they may round it to bfloat16
             return int(index)
     return None
+
+
+def _is_extension(argument: str) -> bool:
+    """Whether an argument of a pipeline puts arguments into the call of its network that no test has tried."""
+    return argument.startswith("ip_adapter") or argument.endswith("attention_kwargs")
+
+
+def _number(time) -> float:
+    return float(time.max()) if isinstance(time, torch.Tensor) else float(time)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,24 @@
 
 
 def subclass(cls: type, **members) -> type:
-    """A subclass under the same name, so that files saved meanwhile name the class they should."""
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **members})
+    """A subclass under the same name, so that files saved meanwhile name the class they should.
+
+    Copies and pickles of its instances are of the original class.
+    """
+
+    def reduced(instance, protocol):
+        return _with_attributes(cls, instance).__reduce_ex__(protocol)
+
+    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": reduced}
+    return type(cls.__name__, (cls,), members)
 
 
 def stand_in(instance, **methods):
     """An object that shares its attributes with ``instance``, both ways, and has other methods."""
-    double = object.__new__(subclass(type(instance), **methods))
+    return _with_attributes(subclass(type(instance), **methods), instance)
+
+
+def _with_attributes(cls: type, instance):
+    double = object.__new__(cls)
     object.__setattr__(double, "__dict__", instance.__dict__)
     return double

@@ -1,5 +1,6 @@
 """`PlanScheduler`: executes plans inside the contract of diffusers' schedulers."""
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -230,21 +231,24 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         row = self._plan.rows[self._next_index(timestep)] if self._over else self._run.row
         return row.alpha, row.sigma
 
-    def level_after(self, timestep: float | torch.Tensor) -> tuple[float, float]:
-        """(α, σ) of the state that the next `step` returns.
+    def level_after(self, timestep: float | torch.Tensor) -> tuple[float, float, float]:
+        """(α, σ) of the state that the next `step` returns, and what share of σ is not fresh noise.
 
         Args:
             timestep: as in `level_at`.
 
         Raises:
-            UsageError: a plan that adds noise, or takes several calls per step.
+            UsageError: a plan that takes several calls per step, or adds noise and looks back.
         """
-        if self.stages > 1 or any(row.noise for row in self._plan.rows):
-            raise UsageError(f"{type(self).__name__} takes several calls per step or adds noise; use a plain multistep one.")
-        following = self._next_index(timestep) + 1
-        if following < len(self._plan.rows):
-            return self._plan.rows[following].alpha, self._plan.rows[following].sigma
-        return self._grid.alpha[-1], self._grid.sigma[-1]
+        if self.stages > 1 or (self._plan.output_depth > 1 and any(row.noise for row in self._plan.rows)):
+            raise UsageError(
+                f"{type(self).__name__} takes several calls per step, or adds noise and looks back; use ddim, ddpm or a "
+                "deterministic multistep sampler."
+            )
+        index = self._next_index(timestep)
+        levels = [(row.alpha, row.sigma) for row in self._plan.rows[index + 1 : index + 2]]
+        alpha, sigma = (levels or [(self._grid.alpha[-1], self._grid.sigma[-1])])[0]
+        return alpha, sigma, math.sqrt(sigma**2 - self._plan.rows[index].noise ** 2)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """α(t)·original + σ(t)·noise for times (B,) or (1,), any times of the schedule, not only those of the run."""

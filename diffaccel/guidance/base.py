@@ -1,0 +1,79 @@
+"""What a guidance rule is."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import UsageError
+from .context import Context
+
+COND, UNCOND = "cond", "uncond"
+Predictions = Mapping[str, torch.Tensor]  # by branch, each (B, …), raw outputs of one parametrisation, ≥ float32
+
+
+class Rule(ABC):
+    """How predictions become the guided one. A new rule defines `branches` and ``__call__``."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Branches that some evaluation of a run will need; "uncond" makes a run without that branch an error."""
+        return frozenset({COND, UNCOND})
+
+    def branches(self, context: Context) -> frozenset[str]:
+        """Branches that this evaluation needs; the others are not computed."""
+        return self.requires
+
+    @abstractmethod
+    def __call__(self, predictions: Predictions, context: Context) -> torch.Tensor:
+        """The guided prediction, in the parametrisation of the predictions and of their shape (B, …)."""
+
+    def check(self, arguments: Mapping) -> None:
+        """Refuse a call of a pipeline, by its arguments, that this rule cannot guide.
+
+        Raises:
+            UsageError: the call.
+        """
+
+    def correct(self, state: torch.Tensor, context: Context) -> torch.Tensor:
+        """Change the state (B, …) after the scheduler's step."""
+        return state
+
+    def extra(self, branch: str) -> "Extra":
+        """Where a branch besides "cond" and "uncond" comes from."""
+        raise KeyError(branch)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A branch that the pipeline does not compute by itself.
+
+    Attributes:
+        network: evaluated in place of the pipeline's own; None for that one.
+        arguments: arguments of a pipeline call that describe its condition, such as {"prompt": "a dog"}; None for
+            the condition of the call itself.
+    """
+
+    network: torch.nn.Module | None = None
+    arguments: Mapping | None = None
+
+
+def is_number(value) -> bool:
+    """Whether a value is a finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(
+    rule: Rule, name: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
+) -> None:
+    """Refuse a value that is no finite number within the bounds.
+
+    Raises:
+        UsageError: the value.
+    """
+    value = getattr(rule, name)
+    if not is_number(value) or not low <= value <= high or (open_ends and value in (low, high)):
+        ends = f"{'(' if open_ends else '['}{low:g}, {high:g}{')' if open_ends else ']'}"
+        raise UsageError(f"{type(rule).__name__} needs {name} to be a number in {ends}; got {value!r}.")
