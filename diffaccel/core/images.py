@@ -241,6 +241,33 @@ def sheet(images: torch.Tensor, columns: int = 10, scale: int = 1, gutter: int =
     return result
 
 
+def labelled(grid: list[list[tuple[str, torch.Tensor]]], gap: int = 14) -> torch.Tensor:
+    """Images in lines, each under its label, as one image (C, height, width) for people to look at.
+
+    Args:
+        grid: labels of one or more lines, and uint8 images (C, h, w), none larger than the first.
+        gap: white pixels between images.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, spacing = ImageFont.load_default(size=14), 18
+    channels, height, width = grid[0][0][1].shape
+    texts = [label.split("\n") for line in grid for label, _ in line]
+    top = spacing * max(map(len, texts)) + 4
+    across = max(width, *(int(font.getlength(text)) + 3 for lines in texts for text in lines)) + gap
+    canvas = torch.full((channels, len(grid) * (top + height + gap), gap + max(map(len, grid)) * across), 255).byte()
+    places = [
+        (gap + i * across, j * (top + height + gap), *b) for j, line in enumerate(grid) for i, b in enumerate(line)
+    ]
+    for x, y, _, image in places:
+        canvas[:, y + top : y + top + image.shape[1], x : x + image.shape[2]] = image
+    drawn = Image.fromarray(canvas.permute(1, 2, 0).squeeze(2).numpy())
+    for x, y, label, _ in places:
+        for index, text in enumerate(label.split("\n")):
+            ImageDraw.Draw(drawn).text((x, y + 3 + spacing * index), text, fill="black", font=font)
+    return torch.from_numpy(np.array(drawn)).reshape(*canvas.shape[1:], channels).permute(2, 0, 1)
+
+
 def save_png(image: torch.Tensor, path) -> None:
     """Write one uint8 image as PNG, atomically; see `png_bytes`."""
     write_atomic(path, png_bytes(image))

@@ -14,6 +14,7 @@ def line_chart(
     levels: Mapping[str, float] | None = None,
     x_label: str = "",
     zero: bool = True,
+    logarithmic: bool = False,
 ) -> str:
     """A figure with one line per name.
 
@@ -22,25 +23,26 @@ def line_chart(
         lines: by name, points (x, y, half the length of its whisker), all finite, at least one in all.
         levels: by name, heights of dashed horizontal lines.
         zero: whether the vertical axis must show 0.
+        logarithmic: a logarithmic vertical axis, for positive values; without whiskers.
     """
     levels = levels or {}
     points = [point for line in lines.values() for point in line]
-    heights = (
-        [y + s for _, y, s in points] + [y - s for _, y, s in points] + [*levels.values(), *([0.0] if zero else [])]
-    )
-    ticks = _ticks(min(heights), max(heights))
+    heights = [*levels.values(), *([0.0] if zero and not logarithmic else [])]
+    heights += [y + side * (0.0 if logarithmic else spread) for _, y, spread in points for side in (1, -1)]
+    ticks = (_powers if logarithmic else _ticks)(min(heights), max(heights))
+    axis = math.log10 if logarithmic else float
     xs = sorted({x for x, _, _ in points})
-    low, high = min(ticks[0], *heights), max(ticks[-1], *heights)
+    low, high = (axis(end) for end in (min(ticks[0], *heights), max(ticks[-1], *heights)))
 
     def left(x: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * ((x - xs[0]) / (xs[-1] - xs[0]) if len(xs) > 1 else 0.5)
 
     def top(y: float) -> float:
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - y) / (high - low)
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - axis(y)) / (high - low)
 
     marks = [_text(_LEFT - 6, top(tick) + 4, f"{tick:g}", "end") for tick in ticks]
     marks += [_path(f"M{_LEFT} {top(tick):.1f}H{_WIDTH - _RIGHT}", "var(--line)") for tick in ticks]
-    marks += [_text(left(x), _HEIGHT - _BOTTOM + 17, f"{x:g}", "middle") for x in xs]
+    marks += [_text(left(x), _HEIGHT - _BOTTOM + 17, f"{x:g}", "middle") for x in xs[:: -(-len(xs) // 10)]]
     marks.append(_text((_LEFT + _WIDTH) / 2, _HEIGHT - 6, x_label, "middle"))
     for index, (name, y) in enumerate(levels.items()):
         marks.append(_path(f"M{_LEFT} {top(y):.1f}H{_WIDTH - _RIGHT}", "var(--faint)", "stroke-dasharray:5 4"))
@@ -53,7 +55,7 @@ def line_chart(
         marks.append(_path("M" + "L".join(f"{left(x):.1f} {top(y):.1f}" for x, y, _ in line), colour, "stroke-width:2"))
         for x, y, spread in line:
             marks.append(f"<circle cx='{left(x):.1f}' cy='{top(y):.1f}' r='3.5' style='fill:{colour}'/>")
-            if spread:
+            if spread and not logarithmic:
                 marks.append(_path(f"M{left(x):.1f} {top(y + spread):.1f}V{top(y - spread):.1f}", colour))
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption><p class='small'>{' '.join(names)}</p>"
@@ -69,6 +71,14 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, the first at or below and the last at or above what is to be shown."""
+    steps = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
+    first = max(step for step in steps if step <= low)
+    last = min(step for step in steps if step >= high and step > first)
+    return [step for step in steps if first <= step <= last]
 
 
 def _path(d: str, colour: str, style: str = "") -> str:

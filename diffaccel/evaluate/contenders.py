@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.images import save_png, sheet
+from ..core.images import labelled, save_png, sheet
 from ..generation import generate
 from ..models.data import load_digits
 from ..models.teachers import load_pipeline
@@ -107,20 +107,7 @@ def gain(rows: dict[str, float], teacher_one: str, teacher_many: str, student: s
 
 def save_overview(rows: list[Row], path: Path) -> None:
     """One PNG: the sheets of all rows side by side under their labels, one class a line."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    blocks = [sheet(row.samples, scale=3, gutter=1) for row in rows]
-    _, height, width = blocks[0].shape
-    gap, top = 16, 26
-    canvas = np.full((top + height, (width + gap) * len(rows) - gap), 255, dtype=np.uint8)
-    for index, block in enumerate(blocks):
-        canvas[top:, index * (width + gap) : index * (width + gap) + width] = block[0].numpy()
-    picture = Image.fromarray(canvas)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
-    for index, row in enumerate(rows):
-        draw.text((index * (width + gap) + 1, 3), row.label, fill=0, font=font)
-    save_png(torch.from_numpy(np.array(picture))[None], path)
+    save_png(labelled([[(row.label, sheet(row.samples, scale=3, gutter=1)) for row in rows]]), path)
 
 
 def _row(label: str, nfe: int, images: torch.Tensor, labels: torch.Tensor, speed: float | None) -> Row:

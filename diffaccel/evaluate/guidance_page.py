@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..core.files import write_atomic
-from ..core.images import png_bytes, sheet
+from ..core.images import labelled, png_bytes, sheet
 from .charts import line_chart
 from .guidance_sweep import UNGUIDED, Row, Sweep
 from .html import document, figure, record, table, thumbnails
@@ -24,7 +24,7 @@ COLUMNS = (
 )
 _CHARTS = ("fd", "recall", "overshoot", "contrast", "saturation")
 _PIXELS = ("contrast", "saturation", "clipped")
-_EDGE, _COLUMNS, _GAP, _TOP, _LEFT = 32, 5, 14, 40, 8
+_EDGE, _COLUMNS = 32, 5  # least pixels a sample, samples a line
 
 
 def header(sweep: Sweep) -> list[str]:
@@ -112,29 +112,6 @@ def picture(sweep: Sweep) -> torch.Tensor:
     grid.append([(f"{UNGUIDED} model\n{_gist(unguided)}", unguided.samples), ("real images", real)])
     edge = max(_EDGE, min(unguided.samples.shape[-1], 96))
     return labelled([[(label, sheet(thumbnails(images, edge), _COLUMNS)) for label, images in line] for line in grid])
-
-
-def labelled(grid: list[list[tuple[str, torch.Tensor]]]) -> torch.Tensor:
-    """Images in lines, each under its label of up to two lines, as one image (C, height, width).
-
-    Args:
-        grid: labels and images, uint8 (C, h, w), none larger than the first.
-    """
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=14)
-    channels, height, width = grid[0][0][1].shape
-    texts = [text for line in grid for label, _ in line for text in label.split("\n")]
-    across, down = max(width, *(int(font.getlength(text)) + 3 for text in texts)) + _GAP, _TOP + height + _GAP
-    canvas = torch.full((channels, len(grid) * down, _LEFT + max(map(len, grid)) * across), 255, dtype=torch.uint8)
-    places = [(_LEFT + i * across, j * down, *block) for j, line in enumerate(grid) for i, block in enumerate(line)]
-    for x, y, _, image in places:
-        canvas[:, y + _TOP : y + _TOP + image.shape[1], x : x + image.shape[2]] = image
-    drawn = Image.fromarray(canvas.permute(1, 2, 0).squeeze(2).numpy())
-    for x, y, label, _ in places:
-        ImageDraw.Draw(drawn).text((x + 2, y + 2), label, fill="black", font=font)
-    return torch.from_numpy(np.array(drawn)).reshape(*canvas.shape[1:], channels).permute(2, 0, 1)
 
 
 def _gist(row: Row) -> str:

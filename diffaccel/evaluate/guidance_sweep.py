@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from ..core.errors import UsageError, unknown
 from ..generation import generate
-from ..guidance.base import Rule
+from ..guidance.base import Rule, Wrapper
 from ..guidance.registry import RULES, build_rule
-from ..guidance.rules import CFG, _Wrapper
+from ..guidance.rules import CFG
 from ..models.data import load_digits
 from ..models.teachers import load_pipeline, resolve_teacher
 from .classes import class_report
@@ -183,7 +183,7 @@ def sweep_guidance(
     return Sweep(settings, [row for row, _ in jobs], real, samples)
 
 
-class _Watched(_Wrapper):
+class _Watched(Wrapper):
     """Another rule, with a look at what it costs and at where its run ends."""
 
     def __init__(self, rule: Rule):

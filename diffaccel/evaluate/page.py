@@ -2,11 +2,11 @@
 
 import html
 import json
-import math
 from pathlib import Path
 
 from ..core.files import write_atomic
 from ..core.images import sheet
+from .charts import line_chart
 from .contenders import HEADER, Row
 from .html import document, figure, record, table
 
@@ -59,33 +59,12 @@ def _class_table(rows: list[Row]) -> str:
 
 
 def _curve(metrics: Path) -> str:
-    """Distance of the averaged student over training steps, as an inline SVG on a logarithmic axis."""
+    """Distance of the averaged student over training steps."""
     points = []
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
-        points += [(record["step"], value) for key, value in record.items() if key.startswith("validation/FD-")]
+        points += [(record["step"], value, 0.0) for key, value in record.items() if key.startswith("validation/FD-")]
     if len(points) < 2:
         return ""
-    width, height, left, bottom = 640, 240, 50, 30
-    last = points[-1][0]
-    low, high = (f(math.log10(value) for _, value in points) for f in (min, max))
-    span = max(high - low, 1e-9)
-
-    def place(step, value):
-        x = left + (width - left - 10) * step / last
-        y = 10 + (height - bottom - 20) * (high - math.log10(value)) / span
-        return x, y
-
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-    labels = "".join(
-        f"<text x='{left - 6}' y='{place(0, value)[1] + 4:.1f}' text-anchor='end'>{value:.2g}</text>"
-        for value in (10**low, 10**high)
-    )
-    labels += f"<text x='{left}' y='{height - 8}'>0</text>"
-    labels += f"<text x='{width - 10}' y='{height - 8}' text-anchor='end'>{last} steps</text>"
-    dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>" for x, y in (place(*point) for point in points))
-    return (
-        f"<figure><figcaption>Distance of the student (moving average, 500 samples) over training steps</figcaption>"
-        f"<svg width='{width}' height='{height}' font-size='12' fill='#1b5fa7' role='img'>"
-        f"<polyline points='{line}' fill='none' stroke='#1b5fa7' stroke-width='2'/>{dots}{labels}</svg></figure>"
-    )
+    title = "Distance of the student (moving average, 500 samples) over training steps"
+    return line_chart(title, {"student": points}, x_label="step", logarithmic=True)

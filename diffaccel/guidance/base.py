@@ -77,3 +77,28 @@ def check_number(
     if not is_number(value) or not low <= value <= high or (open_ends and value in (low, high)):
         ends = f"{'(' if open_ends else '['}{low:g}, {high:g}{')' if open_ends else ']'}"
         raise UsageError(f"{type(rule).__name__} needs {name} to be a number in {ends}; got {value!r}.")
+
+
+class Wrapper(Rule):
+    """A rule around another."""
+
+    rule: Rule
+
+    @property
+    def requires(self):
+        return self.rule.requires
+
+    def branches(self, context):
+        return self.rule.branches(context)
+
+    def extra(self, branch):
+        return self.rule.extra(branch)
+
+    def check(self, arguments):
+        self.rule.check(arguments)
+
+    def correct(self, state, context):
+        return self.rule.correct(state, context)
+
+    def __call__(self, predictions, context):
+        return self.rule(predictions, context)

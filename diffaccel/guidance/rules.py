@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import GuidanceError, UsageError, unknown
 from . import functional
-from .base import COND, UNCOND, Extra, Rule, check_number, is_number
+from .base import COND, UNCOND, Extra, Rule, Wrapper, check_number, is_number
 from .context import Context
 
 
@@ -230,33 +230,8 @@ class PerpNeg(Rule):
         )
 
 
-class _Wrapper(Rule):
-    """A rule around another."""
-
-    rule: Rule
-
-    @property
-    def requires(self):
-        return self.rule.requires
-
-    def branches(self, context):
-        return self.rule.branches(context)
-
-    def extra(self, branch):
-        return self.rule.extra(branch)
-
-    def check(self, arguments):
-        self.rule.check(arguments)
-
-    def correct(self, state, context):
-        return self.rule.correct(state, context)
-
-    def __call__(self, predictions, context):
-        return self.rule(predictions, context)
-
-
 @dataclass(frozen=True)
-class Rescale(_Wrapper):
+class Rescale(Wrapper):
     """Another rule's result, brought towards the standard deviation of c (Lin et al. 2023); "guidance_rescale" elsewhere.
 
     Args:
@@ -275,7 +250,7 @@ class Rescale(_Wrapper):
 
 
 @dataclass(frozen=True)
-class Interval(_Wrapper):
+class Interval(Wrapper):
     """Another rule inside a range of noise levels or steps, the conditional prediction alone outside of it.
 
     Outside the range the other branches are not computed (Kynkäänniemi et al. 2024).

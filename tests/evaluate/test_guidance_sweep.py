@@ -8,10 +8,10 @@ import torch
 from networks import tiny_unet
 
 from diffaccel.core.errors import UsageError
-from diffaccel.core.images import to_uint8
+from diffaccel.core.images import labelled, to_uint8
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.evaluate.charts import line_chart
-from diffaccel.evaluate.guidance_page import header, labelled, lines, notes, page, picture
+from diffaccel.evaluate.guidance_page import header, lines, notes, page, picture
 from diffaccel.evaluate.guidance_sweep import MEASURES, SHOWN, Row, named_rule, sweep_guidance
 from diffaccel.generation import generate
 from diffaccel.guidance.attach import guide
@@ -179,6 +179,14 @@ def test_charts_are_true_to_scale():
     assert x2 - x1 == pytest.approx(3 * (x1 - x0), abs=0.2)
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y1
     assert {"a < b", "● <x&y>", "level", "scale"} <= set(chart.itertext())
+
+
+def test_equal_ratios_are_equal_lengths_on_a_logarithmic_axis():
+    points = [(0.0, 100.0, 0.0), (1.0, 10.0, 0.0), (2.0, 1.0, 0.0), (3.0, 0.3, 0.0)]
+    chart = ElementTree.fromstring(line_chart("t", {"line": points}, logarithmic=True))
+    heights = [y for _, y in dots(chart)]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert {"0.2", "1", "100"} <= set(chart.itertext()) and "200" not in set(chart.itertext())
 
 
 @pytest.mark.parametrize("zero", [True, False])
