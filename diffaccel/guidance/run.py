@@ -57,7 +57,9 @@ class Run:
     def __init__(self, guidance, pipe, cls: type, arguments: dict):
         self.guidance, self.rule, self.pipe, self.cls, self.arguments = guidance, guidance.rule, pipe, cls, arguments
         self.step, self.start = 0, None  # evaluations before this one; index of the first in the scheduler's timesteps
+        self.times: list[float] = []  # of the scheduler
         self.stepped: Counter[float] = Counter()  # by timestep
+        self.foreseen: int | None = None  # index in the scheduler's timesteps of this evaluation
         self.memory: dict = {}
         self.conditions: dict[str, Condition] = {}
         extended = any(_is_extension(name) and value is not None for name, value in arguments.items())
@@ -218,6 +220,7 @@ class Run:
                 )
             return level_of(scheduler, scheduler.timesteps[index])
 
+        self.foreseen = index
         known = steps is not None and self.step < steps
         return Context(self.step, steps if known else None, find_level, memory=self.memory)
 
@@ -229,7 +232,7 @@ class Run:
             raise GuidanceError(
                 f"{self.cls.__name__} steps its {type(scheduler).__name__} in a way that guidance does not know."
             )
-        self._check_once(scheduler, given["timestep"])
+        self._check_time(scheduler, given["timestep"])
         branches, context = self._branches(given["model_output"]), self.context
         context.x = given["sample"].chunk(branches.copies)[0]
         context.find_level = partial(level_of, scheduler, given["timestep"])
@@ -244,11 +247,20 @@ class Run:
         self._begin_evaluation()
         return result
 
-    def _check_once(self, scheduler, timestep) -> None:
-        """Steps of several trajectories in turn would get each other's momentum."""
+    def _check_time(self, scheduler, timestep) -> None:
+        """Refuse a step at another time than was foreseen, and steps of several trajectories in turn.
+
+        The former would be at another noise level, the latter would get each other's momentum.
+        """
         time = _number(timestep)
+        self.times = self.times or scheduler.timesteps.tolist()
+        if "level" in vars(self.context) and self.times[self.foreseen] != time:
+            raise GuidanceError(
+                f"{self.cls.__name__} was foreseen to step at timestep {self.times[self.foreseen]:g} and steps at {time:g}, at "
+                "another noise level; use Interval(fraction_range=(start, stop))."
+            )
         self.stepped[time] += 1
-        if self.stepped[time] > max(1, int((scheduler.timesteps == time).sum())):
+        if self.stepped[time] > max(1, self.times.count(time)):
             raise GuidanceError(
                 f"{self.cls.__name__} steps its scheduler repeatedly at timestep {time:g}, as for views of a panorama or a run "
                 "that begins anew; guidance follows one run of one picture."

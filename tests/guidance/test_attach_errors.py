@@ -235,6 +235,13 @@ def test_levels_that_are_not_known_ahead():
         pipe()
 
 
+def test_another_level_than_was_foreseen(monkeypatch):
+    pipe = SD.build()
+    monkeypatch.setattr("diffaccel.guidance.run._position", lambda *_: 2)
+    with guide(pipe, Interval(CFG(SCALE), sigma_range=(0, 1))), refusal("was foreseen to step at timestep"):
+        SD.call(pipe, guidance_scale=2.0)
+
+
 def test_a_further_branch_of_a_network_whose_samples_depend_on_each_other():
     pipe = unrecognised(SD.build())
     rule = AutoGuidance(SCALE, model=copy.deepcopy(pipe.unet))
