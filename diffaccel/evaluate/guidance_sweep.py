@@ -1,14 +1,14 @@
 """What guidance rules do as their scale grows: one model, the same noise and classes everywhere, one reference."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tqdm.auto import tqdm
 
 from ..core.errors import UsageError, unknown
-from ..generation import generate
+from ..generation import generate, progress_bar
 from ..guidance.base import Rule, Wrapper
 from ..guidance.registry import RULES, build_rule
 from ..guidance.rules import CFG
@@ -159,24 +159,24 @@ def sweep_guidance(
     pipeline, reference = _opened(model), reference or _own_data(model)
     digits = resolve(reference).kind == "dataset"  # asked here, so that it is refused before anything is drawn
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with tqdm(total=len(jobs) * len(seeds), unit="run", disable=None if progress else True, leave=False) as bar:
+    with progress_bar(len(jobs) * len(seeds) * num, progress) as bar:
         for row, rule in jobs:
             watched = _Watched(rule)
             for seed in seeds:
                 bar.set_description(f"{row.rule} at {row.scale:g}, seed {seed}")
                 batches = generate(
-                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, batch_size=batch_size
-                )
+                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, batch_size=batch_size, progress=bar
+                )  # fmt: skip
                 drawn = [(images, labels, watched.overshoot()) for images, labels in batches]
                 images, labels, overshoot = map(torch.cat, zip(*drawn, strict=True))
                 row.runs[seed] = _measured(images, labels, reference, features, digits)
                 row.runs[seed]["overshoot"] = float(overshoot.mean())
                 row.samples = images[:SHOWN] if row.samples is None else row.samples
-                bar.update()
-            row.nfe = watched.nfe
+                row.nfe = batches.nfe
     report = row.runs[seed]["report"]
+    written = json.loads(json.dumps(options or {}), parse_constant=str)  # JSON has no infinity
     settings = {"model": str(model), "rules": rules, "scales": scales, "seeds": seeds, "num": num, "steps": steps,
-                "sampler": sampler, "options": options or {}, "reference": reference, "features": features}  # fmt: skip
+                "sampler": sampler, "options": written, "reference": reference, "features": features}  # fmt: skip
     real = {kind: report[f"{kind} of real images"].value for kind in AppearanceFeatures.KINDS}
     samples = [image[: images.shape[1]] for image in report.samples["real"][:SHOWN]]
     samples = _in_turn(*load_digits(reference.partition(":")[2] or "train")) if digits else samples
@@ -184,14 +184,14 @@ def sweep_guidance(
 
 
 class _Watched(Wrapper):
-    """Another rule, with a look at what it costs and at where its run ends."""
+    """Another rule, with a look at where its run ends."""
 
     def __init__(self, rule: Rule):
-        self.rule, self.nfe, self.state = rule, 0, None
+        self.rule, self.state = rule, None
 
-    def __call__(self, predictions, context):
-        self.nfe = len(self.branches(context)) + (self.nfe if context.step else 0)
-        return super().__call__(predictions, context)
+    @property
+    def corrects(self):
+        return True  # that is, wants to see the state after every step
 
     def correct(self, state, context):
         self.state = super().correct(state, context)

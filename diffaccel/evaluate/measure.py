@@ -170,7 +170,7 @@ METRICS = {
         Metric(
             "appearance",
             "saturation, contrast and clipped values, to lie beside those of real images; no network",
-            "Peli 1990; Sadat et al. 2024",
+            "Peli 1990; Sadat et al. 2025",
             frozenset({VECTORS}),
             _appearance,
             real=WELCOME,

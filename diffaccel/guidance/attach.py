@@ -8,8 +8,8 @@ share them, and compiled networks, offloading and adapters work as before.
 import functools
 import inspect
 
-from ..core.errors import GuidanceError, UsageError, unknown
-from .layouts import KNOWN, LAYOUTS
+from ..core.errors import GuidanceError, UsageError
+from .layouts import KNOWN, LAYOUTS, NAMES
 from .rules import Rule
 from .run import Run
 from .standins import subclass
@@ -45,8 +45,10 @@ class Guidance:
 
         @functools.wraps(cls.__call__)
         def call(pipe, *args, **kwargs):
+            if pipe is not self.pipe:  # made by its class from its parts
+                return cls.__call__(pipe, *args, **kwargs)
             if self._running:
-                raise GuidanceError("A guided pipeline cannot be called from inside its own call.")
+                raise GuidanceError("A guided pipeline cannot be called inside its own call or by two threads at once.")
             bound = signature.bind(pipe, *args, **kwargs)
             bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
@@ -74,7 +76,8 @@ class Guidance:
 
 def guidance_of(pipe) -> Guidance | None:
     """The guidance that is on, or None."""
-    return getattr(type(pipe), "_guidance", None)
+    guidance = getattr(type(pipe), "_guidance", None)
+    return guidance if guidance is not None and guidance.pipe is pipe else None
 
 
 def guide(pipe, rule: Rule, layout: str | None = None) -> Guidance:
@@ -100,7 +103,7 @@ def guide(pipe, rule: Rule, layout: str | None = None) -> Guidance:
     if not isinstance(rule, Rule):
         raise UsageError(f"guide takes a rule, such as diffaccel.APG(scale=10); got {rule!r}.")
     if layout is not None and layout not in LAYOUTS:
-        raise unknown("layout", str(layout), LAYOUTS)
+        raise UsageError(f"layout must be one of {NAMES}; got {layout!r}.")
     known = KNOWN.get(type(pipe).__name__, layout)
     if layout not in (None, known):
         raise GuidanceError(f"{type(pipe).__name__} has the layout {known!r}, not {layout!r}: leave layout= out.")

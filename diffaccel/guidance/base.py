@@ -1,6 +1,7 @@
 """What a guidance rule is."""
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ class Rule(ABC):
     def requires(self) -> frozenset[str]:
         """Branches that some evaluation of a run will need; "uncond" makes a run without that branch an error."""
         return frozenset({COND, UNCOND})
+
+    @property
+    def title(self) -> str:
+        """The rule's name in messages."""
+        return type(self).__name__
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it changes the state after the scheduler's step."""
+        return type(self).correct is not Rule.correct
 
     def branches(self, context: Context) -> frozenset[str]:
         """Branches that this evaluation needs; the others are not computed."""
@@ -60,9 +71,9 @@ class Extra:
     arguments: Mapping | None = None
 
 
-def is_number(value) -> bool:
-    """Whether a value is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value, kind: type = numbers.Real) -> bool:
+    """Whether a value is a finite number, of NumPy too, and no bool; with kind ``numbers.Integral`` a whole one."""
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_number(
@@ -76,13 +87,34 @@ def check_number(
     value = getattr(rule, name)
     if not is_number(value) or not low <= value <= high or (open_ends and value in (low, high)):
         ends = f"{'(' if open_ends else '['}{low:g}, {high:g}{')' if open_ends else ']'}"
-        raise UsageError(f"{type(rule).__name__} needs {name} to be a number in {ends}; got {value!r}.")
+        where = (
+            "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number in {ends.replace('inf]', 'inf)')}"
+        )
+        raise UsageError(f"{rule.title} needs {name} to be {where}; got {value!r}.")
 
 
 class Wrapper(Rule):
-    """A rule around another."""
+    """A rule around another.
+
+    Raises:
+        UsageError: something else than a rule inside.
+    """
 
     rule: Rule
+
+    def __post_init__(self):
+        if not isinstance(self.rule, Rule):
+            raise UsageError(
+                f"{type(self).__name__} goes around a rule, such as diffaccel.CFG(7.5); got {self.rule!r}."
+            )
+
+    @property
+    def title(self):
+        return self.rule.title
+
+    @property
+    def corrects(self):
+        return self.rule.corrects
 
     @property
     def requires(self):

@@ -70,6 +70,10 @@ class Recorder(APG):
 
     kept: dict[int, tuple[float | None, list, list]] = field(default_factory=dict, repr=False)
 
+    @property
+    def title(self):
+        return APG.__name__  # which is what the user gave
+
     def difference(self, difference, onto, context):
         guided = super().difference(difference, onto, context)
         _, before, after = self.kept.setdefault(context.step, (_rho(context), [], []))
@@ -121,16 +125,16 @@ def recording(rule: Rule | float) -> tuple[Rule, Recorder]:
     return recorder, recorder
 
 
-def calibrate_guidance(pipe, rule: Rule | float = 7.5, **arguments) -> Calibration:
+def calibrate_guidance(pipe, rule: Rule | float = 7.5, *args, **arguments) -> Calibration:
     """Run a pipeline once under `APG` without a cap, and propose a cap to start from.
 
-        calibration = diffaccel.calibrate_guidance(pipe, 10, prompt=["a red apple", "a dog"], output_type="latent")
+        calibration = diffaccel.calibrate_guidance(pipe, 10, ["a red apple", "a dog"], output_type="latent")
         rule = diffaccel.APG(10, norm_threshold=calibration.norm_threshold)
 
     Args:
         pipe: a pipeline that `guide` takes.
         rule: the guidance scale, or an `APG`, in an `Interval` or `Rescale` too.
-        **arguments: of the call of the pipeline, as in ordinary use. Its guidance scale may be left out.
+        *args, **arguments: of the call of the pipeline, as in ordinary use. Its guidance scale may be left out.
 
     Raises:
         UsageError: a rule without a cap, a scale of 1; and as `guide` does.
@@ -138,10 +142,11 @@ def calibrate_guidance(pipe, rule: Rule | float = 7.5, **arguments) -> Calibrati
     """
     rule, recorder = recording(rule)
     with guide(pipe, rule):
-        known = inspect.signature(pipe.__call__).parameters
-        if "guidance_scale" in known and "true_cfg_scale" not in known:
-            arguments.setdefault("guidance_scale", 2.0)  # any that runs both branches
-        pipe(**arguments)
+        signature = inspect.signature(pipe.__call__)
+        missing = signature.parameters.keys() - signature.bind_partial(*args, **arguments).arguments
+        if "guidance_scale" in missing and "true_cfg_scale" not in signature.parameters:
+            arguments["guidance_scale"] = 2.0  # any that runs both branches
+        pipe(*args, **arguments)
     return recorder.calibration()
 
 

@@ -9,15 +9,16 @@ which is ½·w·(w − 1)·(1 − (ρ'/ρ)²)·‖ε_c − ε_u‖² for a step 
 drawn anew by their weights, among those of the same prompt.
 """
 
+import numbers
 from dataclasses import dataclass
 
 import torch
 
 from ..core.errors import GuidanceError, UsageError
 from . import functional
-from .base import COND, UNCOND, check_number
+from .base import COND, UNCOND, check_number, is_number
 from .context import Context
-from .rules import CFG, Interval
+from .rules import CFG, Interval, inside
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FeynmanKac(CFG):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.particles, int) or self.particles < 1:
+        if not is_number(self.particles, numbers.Integral) or self.particles < 1:
             raise UsageError(f"particles must be a whole number of at least 1; got {self.particles!r}.")
         if self.clamp is not None:
             check_number(self, "clamp", 0.0)
@@ -77,7 +78,7 @@ class FeynmanKac(CFG):
 
     def __call__(self, predictions, context):
         _ = context.target  # asked now, for `correct`: the step moves the scheduler on
-        acts = self.sigma_range is None or Interval(self, self.sigma_range).active(context)
+        acts = self.sigma_range is None or inside(self.sigma_range, context.level.rho)
         if acts and self.particles > 1 and UNCOND in self.requires:
             rise = self.increments(predictions[COND], predictions[UNCOND], context)
             context.memory["log_weights"] = context.memory.get("log_weights", 0.0) + rise

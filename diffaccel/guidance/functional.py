@@ -49,7 +49,8 @@ def projected(difference: torch.Tensor, onto: torch.Tensor, eta: float) -> torch
 
 def rescaled(guided: torch.Tensor, c: torch.Tensor, factor: float) -> torch.Tensor:
     """Blend with the guided prediction brought to the standard deviation of c (Lin et al. 2023, section 3.4)."""
-    ratio = c.std(_axes(c), keepdim=True) / guided.std(_axes(c), keepdim=True)
+    deviation = guided.std(_axes(c), keepdim=True)
+    ratio = torch.where(deviation > 0, c.std(_axes(c), keepdim=True) / deviation, 1.0)
     return factor * (guided * ratio) + (1.0 - factor) * guided
 
 

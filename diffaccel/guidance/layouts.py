@@ -89,7 +89,11 @@ def cond_only(output: torch.Tensor, result: torch.Tensor, trusted: bool = False)
 
 
 def recognise(
-    outputs: list[torch.Tensor], result: torch.Tensor, expected: str | None = None, trusted: bool = False
+    outputs: list[torch.Tensor],
+    result: torch.Tensor,
+    expected: str | None = None,
+    trusted: bool = False,
+    per_frame: bool = False,
 ) -> Branches:
     """Find the branches of an evaluation in which everything was computed.
 
@@ -98,6 +102,7 @@ def recognise(
         result: (B, …) what the pipeline hands to the scheduler.
         expected: the layout as known or learned before; None if unknown.
         trusted: the user vouches for ``expected``: take it whatever the pipeline makes of its branches.
+        per_frame: whether the pipeline may use a scale for every frame, axis 1.
 
     Raises:
         GuidanceError: no layout explains the result, or another one than expected.
@@ -122,7 +127,7 @@ def recognise(
         ways = {"-": "in one call", ", ": "in a call each"}
         raise GuidanceError(f"This pipeline runs its branches {ways[separator]}; that is not the layout {expected!r}.")
     first, second = (shaped(half, result) for half in halves)
-    fit = _fit(first, second, result)
+    fit = _fit(first, second, result, per_frame)
     if fit.residual > _tolerance(outputs[0]):
         layout = expected
         if not trusted:
@@ -168,13 +173,13 @@ def _named(fit: _Fit, separator: str, expected: str | None) -> str | None:
     return layout
 
 
-def _fit(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -> _Fit:
-    """Least squares over everything; of videos also with a scale per frame (axis 1), the scale being its mean then."""
+def _fit(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor, per_frame: bool) -> _Fit:
+    """Least squares over everything, or also with a scale per frame (axis 1), the scale being its mean then."""
     wide = torch.float32 if result.device.type in ("mps", "npu") else torch.float64
     first, second, result = (tensor.to(wide) for tensor in (first, second, result))
     difference, length = second - first, result.norm().clamp_min(1e-30)
     best = None
-    for axis in [None] if result.ndim < 5 else [None, 1]:
+    for axis in [None, 1] if per_frame else [None]:
         axes = tuple(i for i in range(result.ndim) if i != axis)
         square = (difference * difference).sum(axes, keepdim=True)
         for sign in (1, -1):
@@ -183,9 +188,9 @@ def _fit(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -> _Fi
             left = (target - scale * difference).norm()
             if best is None or left < 0.5 * best[0]:  # the simpler explanation unless another one is clearly better
                 error = left / (square.sum() * difference.numel()).sqrt().clamp_min(1e-30)
-                best = left, scale.mean(), sign, error, square.sum()
-    left, scale, sign, error, square = (float(value) for value in best)
-    return _Fit(scale if square > 0 else None, int(sign), left / float(length), error)
+                best = left, scale.mean(), torch.full_like(left, sign), error, square.sum()
+    left, scale, sign, error, square, length = torch.stack([*best, length]).tolist()  # one wait for the device
+    return _Fit(scale if square > 0 else None, int(sign), left / length, error)
 
 
 def agree(output: torch.Tensor, reference: torch.Tensor) -> bool:

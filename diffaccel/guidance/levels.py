@@ -21,7 +21,7 @@ _BY_SIGMA = (
 _DETERMINISTIC = (
     "CogVideoXDDIMScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler",
-    "FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler",
+    "FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LMSDiscreteScheduler",
 )  # fmt: skip
 # … or keep of that σ' what DDIM does at eta = 1, and replace the rest by fresh noise.
 _ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler")

@@ -80,10 +80,10 @@ class RuleGuider(BaseGuidance):
         self.context = _Evaluation(self, step, self._steps, timestep)
 
     def _check_rule(self) -> None:
-        beyond = self.rule.requires - {COND, UNCOND} or _corrects(self.rule)
+        beyond = self.rule.requires - {COND, UNCOND} or self.rule.corrects
         if beyond and not self.attached:
             raise GuidanceError(
-                f"{type(self.rule).__name__} needs more than a guider can do by itself: use `with diffaccel.guide(pipe, rule):`."
+                f"{self.rule.title} needs more than a guider can do by itself: use `with diffaccel.guide(pipe, rule):`."
             )
 
     def prepare_inputs(self, data):
@@ -95,7 +95,7 @@ class RuleGuider(BaseGuidance):
         pairs = [value for value in data.values() if isinstance(value, tuple)]
         if self.num_conditions == 2 and (not pairs or pairs[0][1] is None):
             raise GuidanceError(
-                f"{type(self.rule).__name__} needs an unconditional branch: call the pipeline with negative_prompt, which may "
+                f"{self.rule.title} needs an unconditional branch: call the pipeline with negative_prompt, which may "
                 "be empty, or with negative_prompt_embeds."
             )
         self.fields = data
@@ -205,7 +205,7 @@ class ModularRun:
         self.pipe, self.cls, self.state, self.arguments = pipe, cls, arguments["state"], arguments["kwargs"]
         self.guiders, self.guider = guidance.guiders, RuleGuider(guidance.rule, pipe)
         self.guider.attached = True
-        self.stepped, self.corrects = False, _corrects(guidance.rule)
+        self.stepped, self.corrects = False, guidance.rule.corrects
 
     def __enter__(self):
         self._encode()
@@ -266,7 +266,7 @@ class ModularRun:
             if not _same(self.guider.guided, given["model_output"], self.guider.guided):
                 raise GuidanceError(
                     f"{self.cls.__name__} changes the guided prediction before its scheduler's step, which "
-                    f"{type(self.guider.rule).__name__} cannot take into account; use another rule."
+                    f"{self.guider.rule.title} cannot take into account; use another rule."
                 )
             corrected = self.guider.rule.correct(result[0], context)
             return (corrected.to(result[0].dtype), *result[1:])  # no block asks for anything but a tuple
@@ -296,13 +296,6 @@ class ModularGuidance(Guidance):
         if any(hasattr(guider, "active_predictions") for guider in own.values()):
             raise GuidanceError(f"{name} guides several modalities at once, which rules do not know; keep its guiders.")
         self.guiders = list(own)
-
-
-def _corrects(rule: Rule) -> bool:
-    """Whether a rule changes the state after the scheduler's step."""
-    while hasattr(rule, "rule"):
-        rule = rule.rule
-    return type(rule).correct is not Rule.correct
 
 
 def _evaluations(scheduler, first) -> int:

@@ -115,7 +115,7 @@ def build_rule(name: str, scale: float | None = None, options: Mapping[str, Mapp
         name: of a rule that is no wrapper.
         scale: guidance scale; None for the rule's default.
         options: by rule, such as {"apg": {"eta": 0.5}, "interval": {"sigma_range": [0.3, 5]}}; naming a wrapper adds it.
-            Negatives of perp-neg may be classes, and the model of autoguidance a teacher name or folder.
+            The model of autoguidance may be a teacher name or folder.
 
     Raises:
         UsageError: an unknown rule, an option that it does not have, or a value that it refuses.
@@ -128,10 +128,6 @@ def build_rule(name: str, scale: float | None = None, options: Mapping[str, Mapp
         raise UsageError(f"{name} works with something besides the model: set {name}.{needed}.")
     if isinstance(given.get("model"), (str, Path)):
         given["model"] = _network(given["model"])
-    negatives = given.get("negatives")
-    if isinstance(negatives, (int, list)):
-        classes = negatives if isinstance(negatives, list) else [negatives]
-        given["negatives"] = [{"class_labels": item} if isinstance(item, int) else item for item in classes]
     rule = _made(name, **given, **({} if scale is None else {"scale": scale}))
     for wrapper in ("rescale", "interval"):  # an interval outermost, so that it spares what a rescaled rule needs
         if wrapper in options:

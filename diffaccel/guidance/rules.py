@@ -5,6 +5,7 @@ A rule is an immutable description; what it remembers during a run lives in the 
 """
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -97,7 +98,7 @@ class APG(Rule):
         end = (scale + 1.0, COND) if original else (scale, UNCOND)
         rule = cls(end[0], guider.eta, cap if cap > 0 else None, momentum, "raw", end[1])
         rule = Rescale(rule, guider.guidance_rescale) if guider.guidance_rescale > 0 else rule
-        return rule if span == (0.0, 1.0) else Interval(rule, fraction_range=span)
+        return rule if span == (0.0, 1.0) else _IntervalOfDiffusers(rule, fraction_range=span)
 
     def __call__(self, predictions, context):
         c = predictions[COND]
@@ -105,6 +106,8 @@ class APG(Rule):
             return c
         u = predictions[UNCOND]
         a, b = context.level.affine("sample") if self.space == "x0" else (0.0, 1.0)
+        if b == 0.0:  # at the clean end the state is x0, whatever is predicted
+            return c
         onto = b * c if a == 0.0 else a * context.x.to(c.dtype) + b * c
         change = self.difference(b * (c - u), onto, context) / b
         return c + (self.scale - 1.0) * change if self.anchor == COND else u + self.scale * change
@@ -136,7 +139,7 @@ class CFGZeroStar(Rule):
 
     def __post_init__(self):
         check_number(self, "scale")
-        if not isinstance(self.zero_init_steps, int) or self.zero_init_steps < 0:
+        if not is_number(self.zero_init_steps, numbers.Integral) or self.zero_init_steps < 0:
             raise UsageError(f"zero_init_steps must be a whole number of at least 0; got {self.zero_init_steps!r}.")
 
     def branches(self, context):
@@ -186,9 +189,9 @@ class PerpNeg(Rule):
 
     Args:
         scale: as in `CFG`.
-        negatives: one or more prompts, or arguments of the pipeline's call that stand for them, such as
-            {"class_labels": 3} or {"prompt_embeds": …} with all that belongs to it there (pooled embeddings, masks). One
-            serves every prompt of the call; else as many as these. The call's own negative prompt must be empty.
+        negatives: one or more prompts or classes, or arguments of the pipeline's call that state a condition, such as
+            {"prompt_embeds": …} with all that belongs to it there (pooled embeddings, masks). One serves every prompt of
+            the call; else as many as these. The call's own negative prompt must be empty.
         weights: of the negatives, ≥ 0; one number for all or one each.
 
     Raises:
@@ -201,10 +204,13 @@ class PerpNeg(Rule):
 
     def __post_init__(self):
         check_number(self, "scale")
-        alone = isinstance(self.negatives, (str, Mapping))
-        object.__setattr__(self, "negatives", (self.negatives,) if alone else tuple(self.negatives or ()))
-        if not self.negatives or not all(isinstance(n, (str, Mapping)) for n in self.negatives):
-            raise UsageError('PerpNeg needs negatives: prompts or call arguments, such as PerpNeg(negatives="blurry").')
+        several = self.negatives if isinstance(self.negatives, (tuple, list)) else (self.negatives,)
+        if not several or not all(map(_states, several)):
+            raise UsageError(
+                'PerpNeg needs negatives, such as PerpNeg(negatives="blurry"): prompts, classes or arguments of the call that '
+                f"state a condition, as prompt_embeds and class_labels do; got {self.negatives!r}."
+            )
+        object.__setattr__(self, "negatives", tuple(several))
         several = isinstance(self.weights, (tuple, list))
         weights = tuple(self.weights) if several else (self.weights,) * len(self.negatives)
         if len(weights) != len(self.negatives) or not all(is_number(weight) and weight >= 0 for weight in weights):
@@ -221,7 +227,9 @@ class PerpNeg(Rule):
 
     def extra(self, branch):
         negative = self.negatives[self._names.index(branch)]
-        return Extra(arguments={"prompt": negative} if isinstance(negative, str) else negative)
+        if isinstance(negative, Mapping):
+            return Extra(arguments=negative)
+        return Extra(arguments={"prompt" if isinstance(negative, str) else "class_labels": negative})
 
     def __call__(self, predictions, context):
         negatives = [predictions[name] for name in self._names]
@@ -230,20 +238,36 @@ class PerpNeg(Rule):
         )
 
 
+def _states(negative) -> bool:
+    """Whether a negative states a condition."""
+    if isinstance(negative, Mapping):
+        kinds = ("prompt", "class", "label", "image", "embeds")
+        return any(any(kind in name for kind in kinds) and "negative" not in name for name in negative)
+    return isinstance(negative, str) or is_number(negative, numbers.Integral)
+
+
 @dataclass(frozen=True)
 class Rescale(Wrapper):
     """Another rule's result, brought towards the standard deviation of c (Lin et al. 2023); "guidance_rescale" elsewhere.
 
     Args:
-        rule: any rule.
+        rule: any rule that leaves the state after the step alone.
         factor: 0 changes nothing, 1 matches the deviation; 0.7 in the paper.
+
+    Raises:
+        UsageError: a value out of range, or another rule.
     """
 
     rule: Rule = field(default_factory=CFG)
     factor: float = 0.7
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "factor", 0.0, 1.0)
+        if self.corrects:
+            raise UsageError(
+                f"{self.title} goes on after the step with its own prediction, which Rescale would change."
+            )
 
     def __call__(self, predictions, context):
         return functional.rescaled(super().__call__(predictions, context), predictions[COND], self.factor)
@@ -270,15 +294,21 @@ class Interval(Wrapper):
     fraction_range: tuple[float, float] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sigma_range is None and self.fraction_range is None:
             raise UsageError("Interval needs sigma_range=(low, high) or fraction_range=(start, stop).")
         for name, high in (("sigma_range", math.inf), ("fraction_range", 1.0)):
             ends = getattr(self, name)
             if ends is not None:
                 two = isinstance(ends, (tuple, list)) and len(ends) == 2 and is_number(ends[0])
-                if not (two and isinstance(ends[1], (int, float)) and 0.0 <= ends[0] < ends[1] <= high):
+                if not (two and (is_number(ends[1]) or ends[1] == high) and 0.0 <= ends[0] < ends[1] <= high):
                     raise UsageError(f"{name} must be two numbers, 0 ≤ low < high ≤ {high:g}; got {ends!r}.")
                 object.__setattr__(self, name, tuple(map(float, ends)))
+
+    @staticmethod
+    def _whole(end: float) -> int:
+        """The first evaluation at or after an end, which may be a rounding error away."""
+        return math.ceil(end - 1e-9)
 
     def active(self, context: Context) -> bool:
         """Whether the rule acts in this evaluation.
@@ -289,10 +319,10 @@ class Interval(Wrapper):
         if self.fraction_range is not None:
             if context.steps is None:
                 raise GuidanceError("The number of evaluations of this run is unknown; use sigma_range.")
-            first, last = (int(end * context.steps) for end in self.fraction_range)
+            first, last = (self._whole(end * context.steps) for end in self.fraction_range)
             if not first <= context.step < last:
                 return False
-        return self.sigma_range is None or self.sigma_range[0] < context.level.rho <= self.sigma_range[1]
+        return self.sigma_range is None or inside(self.sigma_range, context.level.rho)
 
     def branches(self, context):
         return super().branches(context) if self.active(context) else frozenset({COND})
@@ -302,6 +332,17 @@ class Interval(Wrapper):
 
     def correct(self, state, context):
         return super().correct(state, context) if self.active(context) else state
+
+
+class _IntervalOfDiffusers(Interval):
+    """Ends as guiders of diffusers round them."""
+
+    _whole = staticmethod(int)
+
+
+def inside(sigma_range: tuple[float, float], rho: float) -> bool:
+    """Whether a noise-to-signal ratio lies in (low, high]."""
+    return sigma_range[0] < rho <= sigma_range[1]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,9 @@ from .context import Context
 from .layouts import KNOWN, NAMES, Branches, agree, cond_only, recognise, repeated, shaped
 from .levels import level_of, target_of
 from .rules import COND, UNCOND
-from .standins import stand_in
+from .standins import retire, stand_in
+
+_log = logging.getLogger(__name__)
 
 NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 """Components of pipelines that predict."""
@@ -65,6 +68,8 @@ class Run:
         extended = any(_is_extension(name) and value is not None for name, value in arguments.items())
         # Whether `half` is right about the arguments of the network; None until that is tried.
         self.halves: bool | None = True if cls.__name__ in KNOWN and not extended else None
+        self.has_uncond = False  # whether the pipeline has run that branch
+        self.idle = True  # whether the rule has had nothing to do yet
         self.doubled: int | None = None  # samples in calls of the network of which half are u and half are c
         self._begin_evaluation()
 
@@ -91,11 +96,17 @@ class Run:
         for name, (original, double) in self._replaced.items():
             if self.pipe.__dict__.get(name) is double:  # else the pipeline was given another meanwhile
                 self.pipe.__dict__[name] = original
-        if kind is None and (self.step == 0 or self.calls):
+            retire(double, original)
+        unseen, empty = self.step == 0 or self.calls, getattr(self.pipe, "num_timesteps", None) == 0
+        self._begin_evaluation()
+        self.memory.clear()
+        if kind is None and unseen and not empty:
             raise GuidanceError(
                 f"{self.cls.__name__} does not pass what its network predicts to the step of its scheduler; its images are "
                 "not guided by this rule."
             )
+        if kind is None and self.idle and self.rule.requires != {COND} and not empty:
+            _log.warning("%s acted in none of the %d evaluations: these images are not guided.", self.rule, self.step)
 
     def _check_call(self) -> None:
         self.rule.check(self.arguments)
@@ -118,7 +129,12 @@ class Run:
         return float(scale) if known and isinstance(scale, (int, float)) else None
 
     def _without_uncond(self, how: str = "") -> GuidanceError:
-        name, rule = self.cls.__name__, type(self.rule).__name__
+        name, rule = self.cls.__name__, self.rule.title
+        if self.has_uncond:
+            return GuidanceError(
+                f"{name} ended its unconditional branch after {self.step} evaluations, as callbacks that cut guidance off do, and "
+                f"{rule} still needs it: leave that callback out and use Interval(rule, fraction_range=(0, share))."
+            )
         scale = next((key for key in self.arguments if key in _SCALES), None)
         if scale is None:
             return GuidanceError(
@@ -197,6 +213,8 @@ class Run:
         if self.halves is None:
             try:
                 self.halves = agree(tensor_of(call.network(*args, **kwargs)), tensor_of(call.output).chunk(2)[index])
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # of the network, which got something that `half` did not understand
                 self.halves = False
         return args, kwargs
@@ -205,22 +223,22 @@ class Run:
         """The context of an evaluation before the scheduler tells more about it."""
         scheduler = self.pipe.scheduler
         begin, entries = getattr(scheduler, "begin_index", None), len(scheduler.timesteps)
-        index = _position(scheduler, args, kwargs) if begin is None else begin + self.step
-        if self.start is None and index is not None:
-            self.start = index
+        if self.step == 0:
+            self.start = _position(scheduler, args, kwargs) if begin is None else begin
         steps = getattr(self.pipe, "num_timesteps", None)  # some pipelines stop before the last
         if steps is None and self.start is not None:
             steps = entries - self.start
 
         def find_level():
+            index = _position(scheduler, args, kwargs) if begin is None else begin + self.step
             if index is None or index >= entries:
                 raise GuidanceError(
                     "The noise level of this pipeline's evaluations is not known before they are made; use "
                     "Interval(fraction_range=(start, stop))."
                 )
+            self.foreseen = index
             return level_of(scheduler, scheduler.timesteps[index])
 
-        self.foreseen = index
         known = steps is not None and self.step < steps
         return Context(self.step, steps if known else None, find_level, memory=self.memory)
 
@@ -234,14 +252,15 @@ class Run:
             )
         self._check_time(scheduler, given["timestep"])
         branches, context = self._branches(given["model_output"]), self.context
+        self.idle &= self.rule.branches(context) == {COND}
         context.x = given["sample"].chunk(branches.copies)[0]
         context.find_level = partial(level_of, scheduler, given["timestep"])
         context.find_target = partial(target_of, scheduler, given["timestep"], eta=given.get("eta", 0.0))
         given["model_output"] = branches.restore(self._guided(branches), given["model_output"])
         result = original(*bound.args, **bound.kwargs)
-        state = result[0]
-        corrected = self.rule.correct(state.chunk(branches.copies)[0], context)
-        if corrected is not state:
+        if self.rule.corrects:
+            state = result[0]
+            corrected = self.rule.correct(state.chunk(branches.copies)[0], context)
             result = _with_state(result, repeated(corrected, branches.copies).to(state.dtype))
         self.step += 1
         self._begin_evaluation()
@@ -271,8 +290,11 @@ class Run:
         if self.left_out:
             return cond_only(outputs[0], result, self.guidance.trusted)
         guidance = self.guidance
-        found = recognise(outputs, result, guidance.layout, guidance.trusted)
-        if found.uncond is None and UNCOND in self.rule.requires:
+        per_frame = "max_guidance_scale" in self.arguments
+        found = recognise(outputs, result, guidance.layout, guidance.trusted, per_frame)
+        if found.uncond is not None:
+            self.has_uncond = True
+        elif UNCOND in (self.rule.branches(self.context) if self.has_uncond else self.rule.requires):
             raise self._without_uncond()
         guidance.layout = guidance.layout or found.layout
         if found.layout is not None and "-" in found.layout:
@@ -305,7 +327,7 @@ class Run:
             if not self.halves:
                 raise GuidanceError(
                     f"The network of this {self.cls.__name__} cannot be called for one of its two branches, and so not for the "
-                    f"further one that {type(self.rule).__name__} needs; use a rule without."
+                    f"further one that {self.rule.title} needs; use a rule without."
                 )
         if branch in self.conditions:
             args, kwargs = self.conditions[branch].applied(args, kwargs, layout or "")

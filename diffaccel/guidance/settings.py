@@ -88,7 +88,7 @@ def recommended_guidance(model: str, scale: float | None = None):
     Raises:
         UsageError: an unknown name, or no scale where none was published.
     """
-    if model not in SETTINGS:
+    if not isinstance(model, str) or model not in SETTINGS:
         raise unknown("guidance setting", model, SETTINGS)
     setting = SETTINGS[model]
     scale = setting.scale if scale is None else scale

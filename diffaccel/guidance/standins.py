@@ -23,3 +23,11 @@ def _with_attributes(cls: type, instance):
     double = object.__new__(cls)
     object.__setattr__(double, "__dict__", instance.__dict__)
     return double
+
+
+def retire(double, instance) -> None:
+    """Make a stand-in, to which hooks of offloading and caching may still refer, the like of what it stood in for."""
+    object.__setattr__(double, "__class__", type(instance))
+    registry = instance.__dict__.get("_diffusers_hook")
+    if getattr(registry, "_module_ref", None) is double:
+        registry._module_ref = instance

@@ -106,7 +106,7 @@ def test_a_prediction_that_is_changed_before_the_step():
 
 
 def test_layouts_that_are_not_those_of_the_pipeline():
-    with pytest.raises(UsageError, match=r"Unknown layout 'cond-unkond'. Did you mean 'cond-uncond'?"):
+    with pytest.raises(UsageError, match=r"layout must be one of 'uncond-cond', .*; got 'cond-unkond'"):
         guide(SD.build(), CFG(), layout="cond-unkond")
     with refusal("StableDiffusionPipeline has the layout 'uncond-cond', not 'cond-uncond': leave layout= out."):
         guide(SD.build(), CFG(), layout="cond-uncond")
@@ -148,7 +148,7 @@ def test_a_call_inside_its_own_call():
         SD.call(pipe, guidance_scale=2.0)
 
     with guide(pipe, CFG(SCALE)):
-        with refusal("cannot be called from inside its own call"):
+        with refusal("cannot be called inside its own call"):
             SD.call(pipe, guidance_scale=2.0, callback_on_step_end=callback)
         check_close(SD.call(pipe, guidance_scale=2.0), SD.call(SD.build(), guidance_scale=SCALE), 0)
 
@@ -233,6 +233,29 @@ def test_levels_that_are_not_known_ahead():
     pipe.__class__ = type("Slower", (OwnSteps,), {"steps": True, "slower": 2})
     with guide(pipe, Interval(CFG(1.0), sigma_range=(0, 1))), refusal("use Interval(fraction_range=(start, stop))"):
         pipe()
+
+
+def test_a_pipeline_that_ends_its_unconditional_branch():
+    cutoff = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    pipe = SD.build("ddim")
+    with guide(pipe, CFG(SCALE)), refusal("ended its unconditional branch after 3 evaluations"):
+        SD.call(pipe, guidance_scale=5.0, callback_on_step_end=cutoff)
+    rule = Interval(CFG(SCALE), fraction_range=(0, 0.75))
+    with guide(pipe, rule):
+        want = SD.call(pipe, guidance_scale=5.0)
+        check_close(SD.call(pipe, guidance_scale=5.0, callback_on_step_end=cutoff), want, 1e-6)
+
+
+def test_a_rule_that_never_acts_is_named(caplog):
+    pipe = SD.build("ddim")
+    with guide(pipe, Interval(CFG(SCALE), sigma_range=(1e5, 1e6))):
+        SD.call(pipe, guidance_scale=5.0)
+    assert "acted in none of the 4 evaluations" in caplog.text
+    caplog.clear()
+    for rule in (CFG(1.0), Interval(CFG(SCALE), fraction_range=(0, 0.05)), AutoGuidance(SCALE, model=pipe.unet)):
+        with guide(pipe, rule):
+            SD.call(pipe, guidance_scale=5.0)
+    assert not caplog.text
 
 
 def test_another_level_than_was_foreseen(monkeypatch):

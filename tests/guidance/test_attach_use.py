@@ -244,6 +244,30 @@ def test_switched_on_and_off():
     check_close(sd_call(pipe), before, 0)
 
 
+@pytest.mark.parametrize("name", ["sd", "cogvideox", "flux", "wan"])
+def test_hooks_of_caching_and_copies_keep_nothing_of_a_run(name):
+    case = GUIDED[name]
+    pipe, memories = copy.deepcopy(case.build()), []
+
+    class Remembering(CFG):
+        def __call__(self, predictions, context):
+            context.memory["kept"] = torch.ones(1)
+            memories.append(weakref.ref(context.memory["kept"]))
+            return super().__call__(predictions, context)
+
+    gc.disable()
+    try:
+        with guide(pipe, Remembering(SCALE)):
+            case.call(pipe, **case.guided(2.0, 1))
+        assert memories and all(memory() is None for memory in memories)
+    finally:
+        gc.enable()
+    twin = copy.deepcopy(getattr(pipe, case.network))
+    registry = getattr(twin, "_diffusers_hook", None)
+    assert registry is None or registry._module_ref is twin
+    assert type(twin) is type(getattr(case.build(), case.network))
+
+
 def test_nothing_is_kept_alive():
     pipe = own_copy()
     unet = weakref.ref(pipe.unet)

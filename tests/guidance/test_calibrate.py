@@ -104,6 +104,24 @@ def test_x0_and_raw_norms_differ_by_the_level():
     assert x0.difference == pytest.approx([x0.rho * length for length in raw.difference], rel=1e-5)
 
 
+def test_arguments_by_position_are_those_by_name():
+    pipe, kept = PIPELINES["classes"].build("ddim"), []
+    for args, named in (
+        (([1, 2], 1, 3), {}),
+        (([1, 2], 1, 3, 5.0), {}),
+        ((), {"class_labels": [1, 2], "num_inference_steps": 3}),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        kept.append(diffaccel.calibrate_guidance(pipe, 4.0, *args, **named, generator=generator))
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_errors_name_the_rule_that_was_given():
+    for rule in (APG(4.0), Interval(APG(4.0), fraction_range=(0.0, 1.0))):
+        with pytest.raises(UsageError, match="which APG needs"):
+            diffaccel.calibrate_guidance(PIPELINES["classes"].build("ddim"), rule, [1, 2], guidance_scale=1.0)
+
+
 def test_flux_says_what_it_needs():
     case = PIPELINES["flux"]
     pipe = case.build()

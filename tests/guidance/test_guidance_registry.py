@@ -21,9 +21,9 @@ def test_records_are_complete(info):
 def test_rules_from_names():
     assert build_rule("cfg") == rules.CFG()
     assert build_rule("apg", 12, {"apg": {"eta": 0.5}}) == rules.APG(12, eta=0.5)
-    assert build_rule("perp-neg", 3, {"perp-neg": {"negatives": 4}}) == rules.PerpNeg(3, {"class_labels": 4})
+    assert build_rule("perp-neg", 3, {"perp-neg": {"negatives": 4}}) == rules.PerpNeg(3, 4)
     several = build_rule("perp-neg", 3, {"perp-neg": {"negatives": [4, "dull"], "weights": [1, 2]}})
-    assert several == rules.PerpNeg(3, ({"class_labels": 4}, "dull"), (1, 2))
+    assert several == rules.PerpNeg(3, (4, "dull"), (1, 2))
 
 
 def test_an_interval_is_around_a_rescaled_rule():
@@ -49,7 +49,11 @@ def test_the_weak_model_by_name():
         (UsageError, r"momentum to be a number in \(-1, 1\)", "apg", {"apg": {"momentum": -1}}),
         (UsageError, "perp-neg.negatives=3", "perp-neg", {}),
         (UsageError, "autoguidance.model=FOLDER", "autoguidance", {}),
-        (UsageError, "negatives=1.5", "perp-neg", {"perp-neg": {"negatives": 1.5}}),
+        (UsageError, "got 1.5", "perp-neg", {"perp-neg": {"negatives": 1.5}}),
+        (UsageError, "got True", "perp-neg", {"perp-neg": {"negatives": True}}),
+        (UsageError, "got \\[3, False\\]", "perp-neg", {"perp-neg": {"negatives": [3, False]}}),
+        (UsageError, "'apg'?", "APG", {}),
+        (UsageError, "Unknown guidance 1", "apg", {1: {"eta": 1}}),
         (UsageError, r"\['a', 'b'\]", "apg", {"interval": {"sigma_range": ["a", "b"]}}),
         (DataError, "no model folder", "autoguidance", {"autoguidance": {"model": "no/where"}}),
     ],
@@ -69,7 +73,9 @@ def test_recommended_settings():
             assert diffaccel.recommended_guidance(name).scale == setting.scale
 
 
-@pytest.mark.parametrize(("name", "words"), [("sdxll", "'sdxl'?"), ("flow", "scale=7")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("sdxll", "'sdxl'?"), ("SDXL", "'sdxl'?"), (None, "sdxl"), ("flow", "scale=7")]
+)
 def test_settings_that_are_not_there(name, words):
     with pytest.raises(UsageError, match=words):
         diffaccel.recommended_guidance(name)

@@ -107,7 +107,10 @@ def test_what_is_not_guidance():
 def test_a_scale_per_frame_but_not_per_channel_of_images():
     c, u = torch.randn(2, 1, 5, 3, 4, 4, generator=torch.Generator().manual_seed(1)).unbind()
     scale = torch.linspace(1, 3, 5).view(1, 5, 1, 1, 1)
-    assert recognise(evaluated("uncond-cond", c, u), u + scale * (c - u)).layout == "uncond-cond"
+    given = evaluated("uncond-cond", c, u), u + scale * (c - u)
+    assert recognise(*given, per_frame=True).layout == "uncond-cond"
+    with pytest.raises(GuidanceError, match="not classifier-free guidance"):
+        recognise(*given)
     with pytest.raises(GuidanceError, match="not classifier-free guidance"):
         recognise(evaluated("uncond-cond", c[0], u[0]), (u + scale * (c - u))[0])
 

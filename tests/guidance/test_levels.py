@@ -242,7 +242,7 @@ AFTER = [
         for name in ("DDIM", "DDIMParallel", "EulerDiscrete", "LMSDiscrete")
         for kind in TWO
     ),
-    *((name, {"prediction_type": "sample"}) for name in ("CogVideoXDDIM", "DPMSolverMultistep", "UniPCMultistep")),
+    *((name, {"prediction_type": "sample"}) for name in ("CogVideoXDDIM", "DPMSolverMultistep")),
     *((name, {}) for name in ("DDPM", "DDPMParallel", "EulerAncestralDiscrete", "EDMEuler", "EDMDPMSolverMultistep")),
     *((name, {}) for name in ("FlowMatchEuler", "FlowMapEuler", "DEISMultistep")),
     *((name, ZERO_SNR) for name in ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete")),

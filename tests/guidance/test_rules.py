@@ -1,7 +1,9 @@
 """Guidance rules: against independent implementations, diffusers' guiders, and by the identities between them."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from diffusers import guiders
@@ -269,13 +271,16 @@ def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (0.2, 0.5), (0.25, 0.29), (0.9, 1.0)], ids=str)
-def test_an_interval_of_fractions_is_that_of_diffusers(span):
+def test_intervals_of_fractions(span):
     rule = Interval(CFG(5.0), fraction_range=span)
-    guider = guiders.ClassifierFreeGuidance(5.0, start=span[0], stop=span[1])
+    guider = guiders.AdaptiveProjectedGuidance(5.0, start=span[0], stop=span[1])
+    same = APG.from_diffusers_guider(guider)
+    start, stop = (Fraction(str(end)) for end in span)
     for steps in (1, 7, 10, 29, 100):
         for step in range(steps):
+            assert acting(rule, step=step, steps=steps) == (start <= Fraction(step, steps) < stop)
             guider.set_state(step, steps, torch.tensor(0))
-            assert acting(rule, step=step, steps=steps) == (guider.num_conditions == 2)
+            assert len(same.branches(context(step=step, steps=steps))) == guider.num_conditions
 
 
 def test_outside_of_an_interval_the_rule_is_not_asked():
@@ -320,9 +325,9 @@ def test_wrappers_pass_on_what_the_inner_rule_asks_for():
             (lambda cls=cls: cls(scale=math.nan), f"{cls.__name__} needs scale")
             for cls in (CFG, APG, CFGZeroStar, CFGPlusPlus)
         ),
-        (lambda: CFG("5"), "needs scale to be a number"),
-        (lambda: CFG(True), "needs scale to be a number"),
-        (lambda: CFG(None), "needs scale to be a number"),
+        (lambda: CFG("5"), "needs scale to be a finite number"),
+        (lambda: CFG(True), "needs scale to be a finite number"),
+        (lambda: CFG(None), "needs scale to be a finite number"),
         (lambda: APG(momentum=-1.0), r"momentum to be a number in \(-1, 1\)"),
         (lambda: APG(momentum=1.0), "momentum"),
         (lambda: APG(norm_threshold=0.0), "norm_threshold"),
@@ -338,7 +343,18 @@ def test_wrappers_pass_on_what_the_inner_rule_asks_for():
         (lambda: AutoGuidance(model="unet"), "model="),
         (lambda: PerpNeg(), "needs negatives"),
         (lambda: PerpNeg(negatives=[]), "needs negatives"),
-        (lambda: PerpNeg(negatives=[3]), "needs negatives"),
+        (lambda: PerpNeg(negatives=3.0), "needs negatives"),
+        (lambda: PerpNeg(negatives=True), "needs negatives"),
+        (lambda: PerpNeg(negatives={}), "needs negatives"),
+        (lambda: PerpNeg(negatives={"negative_prompt": "dog"}), "state a condition"),
+        (lambda: PerpNeg(negatives={"height": 16}), "state a condition"),
+        (lambda: PerpNeg(negatives=torch.ones(1, 3)), "state a condition"),
+        (lambda: CFGZeroStar(zero_init_steps=True), "whole number"),
+        (lambda: Interval(10, (0.3, 5.0)), "goes around a rule"),
+        (lambda: Rescale(APG), "goes around a rule"),
+        (lambda: Rescale(CFGPlusPlus()), "goes on after the step"),
+        (lambda: Rescale(Interval(CFGPlusPlus(), (0.0, 1.0))), "goes on after the step"),
+        (lambda: Interval(CFG(), sigma_range=(0.0, True)), "low < high"),
         (lambda: PerpNeg(negatives="a", weights=-1.0), "weight"),
         (lambda: PerpNeg(negatives="a", weights=(1.0, 2.0)), "weight"),
         (lambda: PerpNeg(negatives="a", weights="1"), "weight"),
@@ -357,3 +373,26 @@ def test_wrappers_pass_on_what_the_inner_rule_asks_for():
 def test_bad_values_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert CFG(np.float32(5)) == CFG(5.0) and APG(np.int64(3)).scale == 3
+    assert Interval(CFG(), sigma_range=(np.float32(0.5), math.inf)).sigma_range == (0.5, math.inf)
+
+
+def test_nothing_to_rescale_and_nothing_to_predict():
+    predictions, flow = draw(), Level(0.4, 0.6, "flow_prediction")
+    zero = apply(Rescale(CFGZeroStar(5.0, zero_init_steps=1), 0.7), predictions, flow)
+    assert torch.equal(zero, torch.zeros_like(zero))
+    clean = Level(1.0, 0.0, "flow_prediction")  # the state is x0 there, and no prediction changes it
+    assert apply(APG(5.0), predictions, clean) is predictions["cond"]
+
+
+def test_classes_and_prompts_as_negatives():
+    rule = PerpNeg(5.0, negatives=["a dog", 3, {"prompt_embeds": None}])
+    assert [rule.extra(f"negative{i}").arguments for i in range(3)] == [
+        {"prompt": "a dog"},
+        {"class_labels": 3},
+        {"prompt_embeds": None},
+    ]
+    assert PerpNeg(5.0, negatives=3).negatives == (3,)
