@@ -3,9 +3,11 @@
 The random numbers of sample i depend on the seed and on i only; other batch sizes change images by rounding at most.
 """
 
+import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +17,38 @@ from tqdm.auto import tqdm
 from .core.errors import DataError, UsageError
 from .core.images import to_uint8
 from .core.rng import KeyedRandom
-from .guidance.attach import guide
-from .guidance.context import Context, Level
+from .guidance.attach import guidance_of, guide
+from .guidance.context import Context
+from .guidance.levels import level_of
 from .guidance.registry import build_rule
 from .guidance.rules import CFG, COND, UNCOND, CFGPlusPlus, Rule
 from .models.teachers import load_pipeline
 from .models.unet2d import num_classes, sample_shape
 from .samplers.registry import get_sampler
+
+
+@dataclass(eq=False)
+class Drawing(Iterator):
+    """Batches of images, drawn as they are asked for.
+
+    Attributes:
+        batches: what draws them.
+        steps: sampler steps.
+        nfe: network evaluations per image, a guidance pair counted as two.
+        scale: of the guidance, 1 for none; None for a rule without.
+    """
+
+    batches: Generator
+    steps: int
+    nfe: int
+    scale: float | None
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return next(self.batches)
+
+    def close(self) -> None:
+        """Draw no more."""
+        self.batches.close()
 
 
 def generate(
@@ -40,8 +67,8 @@ def generate(
     classes: list[int] | None = None,
     device: str | None = None,
     shard: tuple[int, int] = (0, 1),
-    progress: bool = False,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    progress: bool | tqdm = False,
+) -> Drawing:
     """Generate images batch by batch.
 
     Args:
@@ -62,14 +89,15 @@ def generate(
         classes: classes to draw in turn; default all.
         device: torch device; default CUDA where there is one, and for an opened pipeline where it is.
         shard: (rank, world): yield only the batches of one process of several, every world-th from the rank-th on.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; or the `progress_bar` to move on.
 
-    Yields:
-        (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU.
+    Returns:
+        An iterator over (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU, that
+        knows what it costs.
 
     Raises:
         UsageError: num, steps or batch_size below 1, a budget below one step, an unknown sampler, rule or option, classes
-            the model does not have, a rule that it cannot be guided by.
+            the model does not have, a rule that it cannot be guided by, a pipeline that is guided already.
         DataError, MissingWeightsError: the model cannot be opened.
     """
     for name, value in (("num", num), ("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
@@ -84,6 +112,8 @@ def generate(
     pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
     if not hasattr(pipeline, "num_classes"):
         raise DataError(f"{model} is a {type(pipeline).__name__}; sampling here works with pixel models (UNet2DModel).")
+    if guidance_of(pipeline) is not None:
+        raise UsageError("This pipeline is guided already: end that, with disable_guidance(pipe), and pass guidance=.")
     if classes is not None and pipeline.num_classes is None:
         raise UsageError(f"{model} has no classes.")
     wanted = torch.tensor(classes if classes is not None else range(pipeline.num_classes or 0), dtype=torch.long)
@@ -103,23 +133,36 @@ def generate(
         scheduler = chosen.build(scheduler.config, **{**told, **(sampler_options or {})})
     if nfe is not None:
         steps = _affordable_steps(scheduler, nfe, acting)
+    steps = steps or pipeline.config.num_inference_steps
+    cost = _cost(scheduler, acting, steps)
     starts = range(0, num, batch_size)[shard[0] :: shard[1]]
-    return _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress)
+    batches = _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress, cost)
+    return Drawing(batches, steps, cost, getattr(_inner(acting), "scale", None))
+
+
+def progress_bar(total: int, shown: bool) -> tqdm:
+    """A bar over images on stderr, on a terminal; shares of an image move it too."""
+    shape = "{l_bar}{bar}| {n:.0f}/{total} image [{elapsed}<{remaining}, {rate_fmt}]"
+    columns, rows = shutil.get_terminal_size()  # where a terminal says 0 by 0, tqdm would show nothing
+    size, off = {"ncols": columns, "nrows": rows}, None if shown else True
+    return tqdm(total=total, unit=" image", bar_format=shape, **size, miniters=0, disable=off, leave=False)
 
 
 def _rule(guidance, scale: float | None, options: Mapping | None) -> Rule | None:
     """The rule that was asked for, None for the pipeline's own guidance."""
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f'guidance_options go by rule, such as {{"apg": {{"eta": 0.5}}}}; got {options!r}.')
     if isinstance(guidance, str):
         return build_rule(guidance, scale, options)
     if options:
-        names = ", ".join(options)
+        names = ", ".join(map(str, options))
         raise UsageError(f"guidance_options of {names} need the name of a rule: pass guidance=, such as 'apg'.")
     if guidance is None:
         return None
     if not isinstance(guidance, Rule):
         raise UsageError(f"guidance is a rule, such as diffaccel.APG(scale=10), or the name of one; got {guidance!r}.")
     if scale is not None:
-        raise UsageError(f"Give the scale to the rule, {type(guidance).__name__}(scale={scale:g}), not beside it.")
+        raise UsageError(f"Give the scale to the rule, {guidance.title}(scale={scale:g}), not beside it.")
     return guidance
 
 
@@ -128,20 +171,21 @@ def _check_fit(rule: Rule, pipeline, by_name: bool) -> None:
     classes = pipeline.num_classes
     if getattr(_inner(rule), "particles", 1) > 1:
         raise UsageError(
-            f"{type(_inner(rule)).__name__} draws groups of images that depend on each other, and here an image depends on seed "
-            "and index only; call the pipeline itself inside diffaccel.guide(pipeline, rule)."
+            f"{rule.title} draws groups of images that depend on each other, and here an image depends on seed and index "
+            "only; call the pipeline itself inside diffaccel.guide(pipeline, rule)."
         )
     if UNCOND in rule.requires and classes is None:
         raise UsageError("This model has no classes, so there is nothing to guide it by; leave guidance out.")
     for extra in map(rule.extra, sorted(rule.requires - {COND, UNCOND})):
-        if extra.network is not None and by_name:
-            kinds = [(sample_shape(net), num_classes(net)) for net in (extra.network, pipeline.unet)]
-            if kinds[0] != kinds[1]:
+        if extra.network is not None:
+            weak, own = map(_kind, (extra.network, pipeline.unet))
+            if weak not in (own, None):
                 raise UsageError(
                     "autoguidance needs two models of one kind; the weak one has the shape {} and {} classes, this one {} "
-                    "and {}.".format(*kinds[0], *kinds[1])
+                    "and {}.".format(*weak, *own)
                 )
-            extra.network.to(pipeline.device)
+            if by_name:
+                extra.network.to(pipeline.device)
         if extra.arguments is not None:
             negatives = torch.as_tensor(extra.arguments.get("class_labels", -1))
             if bool((negatives < 0).any()) or bool((negatives >= classes).any()):
@@ -149,6 +193,14 @@ def _check_fit(rule: Rule, pipeline, by_name: bool) -> None:
                     f"Negatives of this model are classes in 0 … {classes - 1}, such as perp-neg.negatives=3; got "
                     f"{dict(extra.arguments)}."
                 )
+
+
+def _kind(network) -> tuple | None:
+    """What two networks must share; None for one that is no diffusers model and keeps that to itself."""
+    try:
+        return sample_shape(network), num_classes(network)
+    except AttributeError:
+        return None
 
 
 def _inner(rule: Rule) -> Rule:
@@ -167,12 +219,7 @@ def _affordable_steps(scheduler, nfe: int, rule: Rule) -> int:
     if not hasattr(scheduler, "steps_for"):
         raise UsageError(f"nfe needs one of our samplers, not {type(scheduler).__name__}: name a sampler.")
 
-    def cost(steps: int) -> int:
-        scheduler.set_timesteps(steps)
-        rows = scheduler.current_plan.rows
-        levels = [partial(Level, row.alpha, row.sigma, "sample") for row in rows]  # what it predicts costs nothing
-        return sum(len(rule.branches(Context(step, len(rows), level))) for step, level in enumerate(levels))
-
+    cost = partial(_cost, scheduler, rule)
     if nfe < cost(1):
         raise UsageError(
             f"nfe must be at least {cost(1)} with this sampler and guidance, the cost of one step; got {nfe}."
@@ -180,18 +227,28 @@ def _affordable_steps(scheduler, nfe: int, rule: Rule) -> int:
     return bisect_right(range(1, scheduler.steps_for(nfe) + 1), nfe, key=cost)
 
 
-def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress):
+def _cost(scheduler, rule: Rule, steps: int) -> int:
+    """Network evaluations per image of a run, a guidance pair counted as two."""
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps
+    levels = [partial(level_of, scheduler, time) for time in times]
+    return sum(len(rule.branches(Context(step, len(times), level))) for step, level in enumerate(levels))
+
+
+def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress, cost):
     random, own = KeyedRandom(seed), pipeline.scheduler
-    bar = tqdm(total=num, unit="image", disable=None if progress else True, leave=False)
+    networks = {pipeline.unet} if rule is None else {pipeline.unet, *_networks(rule)}
+    total = sum(min(batch_size, num - start) for start in starts)
     pipeline.scheduler = scheduler
     try:
-        with bar:
+        with nullcontext(progress) if isinstance(progress, tqdm) else progress_bar(total, progress) as bar:
             for start in starts:
                 count = min(batch_size, num - start)
                 noise = random.normal("sample", 0, start, count, pipeline.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
                 labels = wanted[torch.arange(start, start + count) % len(wanted)] if len(wanted) else None
-                with nullcontext() if rule is None else guide(pipeline, rule):
+                guided = nullcontext() if rule is None else guide(pipeline, rule)
+                with _counted(networks, lambda rows: bar.update(rows / cost)), guided:
                     images = pipeline(
                         class_labels=None if labels is None else labels.tolist(),  # a list: negatives are one for each
                         num_inference_steps=steps,
@@ -201,7 +258,25 @@ def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_s
                         output_type="pt",
                         return_dict=False,
                     )[0]
-                bar.update(count)
                 yield to_uint8(images.float().cpu()), labels
     finally:
         pipeline.scheduler = own
+
+
+def _networks(rule: Rule) -> list:
+    """Networks besides the pipeline's own that a rule evaluates."""
+    extras = map(rule.extra, rule.requires - {COND, UNCOND})
+    return [extra.network for extra in extras if extra.network is not None]
+
+
+@contextmanager
+def _counted(networks, tell):
+    """Tell how many samples every call of the networks evaluates, so that a bar moves within a batch."""
+
+    def hook(network, args, output):
+        tell(len(args[0]))  # returns nothing: what a hook returns takes the place of the output
+
+    with ExitStack() as hooks:
+        for network in networks:
+            hooks.callback(network.register_forward_hook(hook).remove)
+        yield

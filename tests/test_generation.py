@@ -8,9 +8,10 @@ import pytest
 import torch
 from networks import tiny_unet
 
+import diffaccel
 from diffaccel import APG, CFG, AutoGuidance, CFGPlusPlus, ClassConditionalPipeline, Interval, PerpNeg, Rescale
 from diffaccel.core.errors import UsageError
-from diffaccel.generation import generate
+from diffaccel.generation import generate, progress_bar
 from diffaccel.guidance.attach import guidance_of
 from diffaccel.models.teachers import load_pipeline
 
@@ -172,6 +173,39 @@ def test_budgets_count_what_a_run_costs(digits, sampler, rule, each):
         assert cost(nfe=nfe) == costs[steps - 1] <= nfe
 
 
+@pytest.mark.parametrize("rule", [None, CFG(3.0), PerpNeg(4.0, 3), Interval(CFG(3.0), (0.3, 5.0)), "weak"], ids=str)
+def test_costs_and_the_bar_are_those_of_the_rows_computed(digits, rule, monkeypatch):
+    weak, moves = copy.deepcopy(digits.unet), []
+    rule = AutoGuidance(2.0, weak) if rule == "weak" else rule
+    bar = progress_bar(5, False)
+    monkeypatch.setattr(bar, "update", lambda share: moves.append(share) or True)  # tqdm's returns something too
+    with Rows(digits.unet, weak) as rows:
+        drawing = generate(digits, 5, steps=4, batch_size=3, guidance=rule, progress=bar)
+        list(drawing)
+    assert rows.total == 5 * drawing.nfe and drawing.steps == 4
+    assert sum(moves) == pytest.approx(5) and len(moves) >= 2 * 4  # in every step of both batches
+    assert not any(net._forward_hooks for net in (digits.unet, weak))
+
+
+def test_other_schedulers_know_what_an_interval_costs():
+    pipe = ClassConditionalPipeline(tiny_unet(num_class_embeds=11), diffusers.DDIMScheduler(clip_sample=False))
+    with Rows(pipe.unet) as rows:
+        drawing = generate(pipe, 1, steps=6, guidance=Interval(CFG(3.0), (0.3, 5.0)))
+        list(drawing)
+    assert 6 < rows.total == drawing.nfe < 12
+
+
+def test_a_guided_pipeline_is_refused(digits):
+    with diffaccel.guide(digits, APG(3.0)), pytest.raises(UsageError, match="pass guidance="):
+        generate(digits, 1, steps=1)
+    generate(digits, 1, steps=1)
+
+
+def test_a_weak_model_has_to_fit(digits):
+    with pytest.raises(UsageError, match="two models of one kind"):
+        generate(digits, 1, steps=1, guidance=AutoGuidance(2.0, tiny_unet(num_class_embeds=4)))
+
+
 def test_flow_adams_is_told_the_scale_of_the_rule(digits):
     settings = {"model": digits, "sampler": "flow-adams", "steps": 4, "num": 3}
     for rule, scale in ((Interval(APG(7.5), (0.1, 9.0)), 7.5), (CFGPlusPlus(0.6), None)):
@@ -207,6 +241,8 @@ class Resampling(CFG):
         ({"guidance": APG(3.0), "guidance_scale": 4.0}, r"APG\(scale=4\)"),
         ({"guidance": APG(3.0), "guidance_options": {"apg": {"eta": 1}}}, "name of a rule"),
         ({"guidance_options": {"apg": {"eta": 1}}}, "name of a rule"),
+        ({"guidance": "apg", "guidance_options": [1]}, r"go by rule.*got \[1\]"),
+        ({"guidance_options": [1]}, "go by rule"),
         ({"guidance": PerpNeg(3.0, "blurry")}, "0 … 9"),
         ({"guidance": "perp-neg", "guidance_options": {"perp-neg": {"negatives": 10}}}, "0 … 9"),
         ({"guidance": APG(3.0), "sampler": "deis", "nfe": 1}, "at least 2"),

@@ -9,6 +9,7 @@ import typer
 from ..core.config import parse_overrides
 from ..core.errors import UsageError
 from .output import make_folder, table
+from .sample import check_output
 
 app = typer.Typer(
     name="compare", help="Settings of one model side by side.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -34,7 +35,9 @@ def guidance(
         list[str] | None,
         typer.Option("--set", help="RULE.NAME=VALUE, such as apg.eta=0.5; repeat it.", show_default=False),
     ] = None,
-    num: Annotated[int, typer.Option("--num", "-n", min=2, help="Images per rule, scale and seed.")] = 1000,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=6, help="Images per rule, scale and seed; recall needs 6.")
+    ] = 1000,
     seeds: Annotated[str, typer.Option(help="Several give a mean with its deviation.")] = "0",
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's own.")] = None,
     sampler: Annotated[
@@ -58,9 +61,11 @@ def guidance(
     """
     wanted = [name.strip() for name in rules.split(",") if name.strip()]
     numbers = _numbers("--scales", scales, float), _numbers("--seeds", seeds, int)
+    for item in overrides or []:
+        if "." not in item.partition("=")[0]:
+            raise UsageError(f"--set takes RULE.NAME=VALUE here, such as apg.eta=0.5; got {item!r}.")
     options = parse_overrides(overrides or [])
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UsageError(f"{output} is not an empty folder; give another --output.")
+    check_output(output)
     from ..core.processes import usable_device
 
     device = device and str(usable_device(device))

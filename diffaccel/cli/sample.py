@@ -1,6 +1,7 @@
 """`diffaccel sample`: images from a teacher, a student or any pixel model folder."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,10 @@ def sample(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for one PNG per image and dataset.json with the classes.", show_default=False
+            "--output",
+            "-o",
+            help="Folder for one PNG per image and dataset.json with classes and settings.",
+            show_default=False,
         ),
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="One PNG with all images, ten a row.", show_default=False)] = None,
@@ -75,7 +79,7 @@ def sample(
 
     - `diffaccel sample digits --guidance apg --guidance-scale 12 --set apg.norm_threshold=2 --grid digits.png`
 
-    - `diffaccel sample digits --guidance cfg --guidance-scale 7 --set interval.sigma_range=[0.3,5] --grid digits.png`
+    - `diffaccel sample digits --guidance cfg --guidance-scale 7 --set 'interval.sigma_range=[0.3,5]' --grid digits.png`
 
     - `diffaccel sample digits --guidance perp-neg --guidance-scale 5 --set perp-neg.negatives=3 --grid no-threes.png`
 
@@ -83,8 +87,8 @@ def sample(
     """
     if output is None and grid is None:
         raise UsageError("Say where the images go: --output FOLDER for single files, --grid FILE for one sheet.")
-    if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
-        raise UsageError(f"{output} is not an empty folder; give another --output.")
+    if output is not None:
+        check_output(output)
     if grid is not None and grid.suffix.lower() != ".png":
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
     if steps is not None and nfe is not None:
@@ -137,16 +141,39 @@ def sample(
         written += len(images)
     if grid is not None:
         save_grid(torch.cat(sheet), grid)
+    cost = {"steps": drawn.steps, "nfe": drawn.nfe}
     if named:
-        write_atomic(output / LABELS_FILE, json.dumps({"labels": named}) + "\n")
-    result = {"images": written, "seconds": round(time.monotonic() - started, 2)}
+        rule = {"guidance": guidance or "cfg", "guidance_scale": drawn.scale, "set": overrides or []}
+        facts = {"settings": {"model": model, "sampler": sampler, **cost, **rule, "seed": seed}, "labels": named}
+        write_atomic(output / LABELS_FILE, json.dumps(facts) + "\n")
+    result = {"images": written, "seconds": round(time.monotonic() - started, 2), **cost}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
     if as_json:
         typer.echo(json.dumps(result | places))
     else:
-        typer.echo(f"{written} images in {result['seconds']} s: {', '.join(places.values())}")
+        plural = "" if drawn.steps == 1 else "s"
+        typer.echo(
+            f"{written} images in {result['seconds']} s, {drawn.steps} step{plural}, NFE {drawn.nfe} with guidance pairs "
+            f"counted as two: {', '.join(places.values())}"
+        )
         if output is not None and sys.stderr.isatty():
             note(f"Next: diffaccel evaluate fid {output} digits")
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that could not be filled at the end of long work, before the work; nothing is left behind.
+
+    Raises:
+        UsageError: it is not empty, or cannot be made or written to.
+    """
+    from ..core.files import check_target
+
+    if os.path.isfile(folder) or (os.path.isdir(folder) and os.listdir(folder)):  # Path's own refuse long names
+        raise UsageError(f"{folder} is not an empty folder; give another --output.")
+    first = folder / "dataset.json"
+    while not os.path.exists(first.parent):
+        first = first.parent
+    check_target(first)
 
 
 def settings(overrides: list[str] | None, sampler: str | None, guidance: str | None) -> dict[str, dict]:

@@ -1,6 +1,8 @@
 """Configuration as dataclasses: built from YAML and `--set a.b=c`, checked field by field, errors name the path."""
 
 import dataclasses
+import functools
+import re
 import types
 import typing
 from collections.abc import Mapping, Set
@@ -56,7 +58,7 @@ def _coerce(value, hint, path: str):
         return dict(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3 as a string
+            return float(value)  # quoted, or from elsewhere than YAML
         except ValueError:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -86,7 +88,7 @@ def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """Turn ``["a.b=1", "c=x"]`` into nested data; values are YAML scalars or lists.
+    """Turn ``["a.b=1", "c=x"]`` into nested data; values are YAML scalars or lists, 1e-3 and inf numbers among them.
 
     Raises:
         UsageError: an item without "=" or with an empty name.
@@ -100,13 +102,26 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         if not sign or not all(names):
             raise UsageError(f"--set takes NAME=VALUE with dots for groups, such as optimizer.lr=1e-4; got {item!r}.")
         try:
-            value = yaml.safe_load(text)
+            value = _loader()(text).get_single_data()
         except yaml.YAMLError:
             value = text
         for name in reversed(names):
             value = {name: value}
         result = merge(result, value)
     return result
+
+
+@functools.cache
+def _loader() -> type:
+    """YAML's safe loader, with 1e-3 and inf as numbers: YAML 1.1 wants 1.0e-3 and .inf, and takes these for strings."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)[eE][-+]?\d+|inf)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789i"))
+    return Loader
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _loader()(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"Cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}."

@@ -63,8 +63,9 @@ def error_of(exit_code: int, text: str) -> DiffaccelError:
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
-    """Return the error for a name that is not registered: nearest valid name first, then all of them."""
+    """Return the error for a name that is not registered: nearest valid name first, whatever its case, then all."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    folded = {item.casefold(): item for item in valid}
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    hint = f" Did you mean {folded[close[0]]!r}?" if close else ""
     return UsageError(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")

@@ -12,6 +12,17 @@ from .moments import GroupedMoments
 _CHUNK = 512
 
 
+def class_accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of 8×8 digits, uint8 (N, 1, 8, 8), that the bundled classifier assigns to their labels (N,)."""
+    return float(_recognised(images, labels).double().mean())
+
+
+def _recognised(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    classifier = get_features("digits64").classifier
+    with torch.no_grad():
+        return torch.cat([classifier(to_unit_range(batch)).argmax(1) for batch in images.split(_CHUNK)]) == labels
+
+
 def class_report(images: torch.Tensor, labels: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> dict:
     """Compare labelled 8×8 digits with real ones, per class.
 
@@ -34,10 +45,7 @@ def class_report(images: torch.Tensor, labels: torch.Tensor, reference: tuple[to
     real_images, real_labels = reference
     if len(images) != len(labels) or len(real_images) != len(real_labels) or len(images) == 0:
         raise DataError(f"Got {len(images)} images with {len(labels)} labels; every image needs one.")
-    extractor = get_features("digits64")
-    with torch.no_grad():
-        predicted = torch.cat([extractor.classifier(to_unit_range(b)).argmax(1) for b in images.split(_CHUNK)])
-    right = predicted == labels
+    extractor, right = get_features("digits64"), _recognised(images, labels)
     rows = []
     for label in sorted(set(labels.tolist())):
         fake, real = images[labels == label], real_images[real_labels == label]

@@ -14,7 +14,7 @@ from ..guidance.registry import RULES, build_rule
 from ..guidance.rules import CFG
 from ..models.data import load_digits
 from ..models.teachers import load_pipeline, resolve_teacher
-from .classes import class_report
+from .classes import class_accuracy
 from .features.appearance import AppearanceFeatures
 from .groups import within_classes
 from .run import evaluate_images
@@ -227,7 +227,7 @@ def _own_data(model: str) -> str:
 def _measured(images: torch.Tensor, labels: torch.Tensor, reference: str, features: str, digits: bool) -> dict:
     """Values of one run, all but overshoot."""
     report = evaluate_images((images, labels), reference, ("fid", "prdc", "appearance"), features)
-    accuracy = class_report(images, labels, load_digits())["accuracy"] if digits else None
+    accuracy = class_accuracy(images, labels) if digits else None
     values = {name: report[name].value for name in ("precision", "recall", *AppearanceFeatures.KINDS)}
     return {"fd": report["FD"].value, **values, "accuracy": accuracy, "report": report}
 

@@ -25,7 +25,7 @@ def half(value, rows: int, index: int, name: str = ""):
         return value
     if isinstance(value, dict):
         return {key: half(item, rows, index, key) for key, item in value.items()}
-    if isinstance(value, list) and len(value) == rows and not any(map(_shared, value, [rows] * rows)):
+    if isinstance(value, list) and len(value) == rows and not any(_shared(item, rows) for item in value):
         return value[rows // 2 :] if index else value[: rows // 2]
     if isinstance(value, (list, tuple)):
         return type(value)(half(item, rows, index, name) for item in value)

@@ -17,6 +17,7 @@ from ..core.errors import GuidanceError, UsageError
 from . import functional
 from .attach import Guidance
 from .base import COND, UNCOND, Rule
+from .batches import SAMPLE
 from .conditions import capture
 from .context import Context
 from .levels import level_of, target_of
@@ -137,8 +138,7 @@ class RuleGuider(BaseGuidance):
             self._undo.pop()()
 
     def _before(self, _, args, kwargs):
-        names = ("sample", "hidden_states", "x")
-        self.latents = args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
+        self.latents = args[0] if args else next((kwargs[name] for name in SAMPLE if name in kwargs), None)
 
     def __call__(self, data):
         """The guided prediction, in the dtype of the network's."""

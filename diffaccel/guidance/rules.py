@@ -350,7 +350,8 @@ class CFGPlusPlus(Rule):
     """CFG++: denoise with guidance, renoise with the unconditional prediction (Chung et al. 2025).
 
     The state after the step is corrected by σ'·(ε_u − ε_guided), which is the paper's step for first-order samplers and
-    its first-order part for multistep ones.
+    its first-order part for multistep ones. Those that extrapolate ε (DEIS, iPNDM, LMS) take up only a part of it, those
+    that extrapolate x0 (DPM-Solver++) all.
 
     Args:
         scale: the paper's λ in [0, 1]; 0.6 is about CFG at 7.5.

@@ -86,7 +86,7 @@ def resolve_teacher(name_or_path: str) -> tuple[Path, TeacherInfo | None]:
             f"The weights of {info.name!r} ({info.summary}) are not on this machine and are not downloaded silently. "
             f"They are the hub repository {info.repository}, about {info.size}, licence: {info.licence}. "
             f"Fetch them with `hf download {info.repository}`, or, if you have a copy in diffusers layout, "
-            f"give its folder instead of the name (--teacher /path/to/folder)."
+            f"type its folder, /path/to/folder, in place of {info.name!r}."
             + ("" if info.pixels else f" {_SCHEDULERS_ONLY}")
         )
     return Path(cached).parent, info

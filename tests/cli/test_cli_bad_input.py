@@ -156,7 +156,7 @@ def test_resume_of_nothing(refuse, tmp_path):
     ],
 )
 def test_missing_weights_name_repository_size_licence_and_a_way_out(refuse, name, repository, licence):
-    words = [repository, " GB", licence, "--teacher /path"]
+    words = [repository, " GB", licence, "/path/to/folder, in place of"]
     for arguments in (("distill", "--teacher", name), ("sample", name, "--grid", "a.png"), ("evaluate", "fid", name, "digits")):  # fmt: skip
         refuse(WEIGHTS, words, *arguments)
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from networks import tiny_unet
 
+from diffaccel.core.errors import NumericalError
 from diffaccel.core.imagefiles import read_images
 
 TINY = ("compare", "guidance", "digits", "--num", 60, "--steps", 2, "--sampler", "ddim")
@@ -75,9 +76,9 @@ def test_one_seed_shows_the_interval_of_its_distance(run, tmp_path):
         ("got nan", ("--scales", "nan")),
         ("no effect on cfg", ("--rules", "cfg", "--set", "apg.eta=0")),
         ("'eta'", ("--set", "apg.etaa=0")),
-        ("Unknown guidance 'eta'", ("--set", "eta=0")),
+        ("RULE.NAME=VALUE", ("--set", "eta=0")),
         ("'ddim'", ("--sampler", "dim")),
-        ("--num", ("--num", 1)),
+        ("--num", ("--num", 5)),
         ("steps", ("--steps", 0)),
         ("try cpu", ("--device", "cpuu")),
     ],
@@ -102,3 +103,27 @@ def test_nothing_is_overwritten(refuse, tmp_path):
     refuse(2, "not an empty folder", *TINY, "-o", "out/old.txt")
     refuse(3, "nowhere", *TINY, "-o", "new", "--reference", "./nowhere")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_is_tried_before_anything_is_drawn(refuse, tmp_path, monkeypatch):
+    from diffaccel.evaluate import guidance_sweep
+
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(guidance_sweep, "sweep_guidance", None)
+        refuse(2, "Cannot write", *TINY, "-o", "file/new/out")
+        refuse(2, "too long", *TINY, "-o", "x" * 300)
+        refuse(2, "too long", "sample", "digits", "-o", "x" * 300)
+
+    def fails(*_, **__):
+        raise NumericalError("diverged")
+
+    monkeypatch.setattr(guidance_sweep, "sweep_guidance", fails)
+    refuse(5, "diverged", *TINY, "-o", "new/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_infinite_end_is_valid_json(run, tmp_path):
+    run(*TINY, "--num", 6, "--scales", 3, "--rules", "interval:cfg", "--set", "interval.sigma_range=[3e-1,inf]", "-o", tmp_path / "out")  # fmt: skip
+    report = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=pytest.fail)
+    assert report["settings"]["options"] == {"interval": {"sigma_range": [0.3, "Infinity"]}}

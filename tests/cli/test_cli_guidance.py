@@ -36,6 +36,12 @@ def test_rules_and_their_settings_change_images(sheet):
     assert without == sheet()
 
 
+def test_numbers_may_be_written_as_python_writes_them(sheet):
+    for one, other in (("apg.norm_threshold=1e-1", "apg.norm_threshold=0.1"),
+                       ("interval.sigma_range=[3e-1,inf]", "interval.sigma_range=[0.3,1e9]")):  # fmt: skip
+        assert sheet("--guidance", "apg", "--set", one) == sheet("--guidance", "apg", "--set", other)
+
+
 def test_settings_of_sampler_and_rule_side_by_side(sheet):
     both = ("--guidance", "apg", "--sampler", "deis", "--set", "apg.eta=0.5", "--set", "solver_order=1")
     assert sheet(*both) != sheet(*both[:-2])
@@ -63,6 +69,29 @@ def test_an_interval_buys_steps(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("more", "nfe"),
+    [
+        ((), 4),
+        (("--guidance-scale", 3), 8),
+        (("--guidance", "apg", "--guidance-scale", 1), 4),
+        (("--guidance", "perp-neg", "--set", "perp-neg.negatives=[3,4]"), 16),
+        (("--guidance", "cfg", "--set", "interval.fraction_range=[0,0.5]"), 6),
+        (("--guidance", "cfg", "--set", "interval.sigma_range=[999,1000]"), 4),
+        (("--guidance-scale", 3, "--sampler", "rho-heun", "--nfe", 15), 14),  # (2·4 − 1) pairs
+    ],
+)
+def test_a_run_says_what_it_cost(run, tmp_path, more, nfe):
+    steps = () if "--nfe" in more else ("--steps", 4)
+    command = ("sample", "digits", "-n", 3, *steps, "--seed", 5, *more, "-o")
+    said = json.loads(run(*command, tmp_path / "a", "--json").out)
+    assert (said["steps"], said["nfe"]) == (4, nfe)
+    assert f"4 steps, NFE {nfe} with guidance pairs counted as two" in run(*command, tmp_path / "b").out
+    written = json.loads((tmp_path / "a/dataset.json").read_text())["settings"]
+    assert (written["model"], written["seed"], written["steps"], written["nfe"]) == ("digits", 5, 4, nfe)
+    assert written["set"] == [word for word in more if "=" in str(word)] and written["guidance_scale"] > 0
+
+
+@pytest.mark.parametrize(
     ("words", "arguments"),
     [
         ("'apg'?", (*SAMPLE, "--guidance", "agp")),
@@ -70,7 +99,7 @@ def test_an_interval_buys_steps(run, tmp_path):
         ("'eta'?", (*APG, "--set", "apg.etaa=1")),
         ("is the guidance scale", (*APG, "--set", "apg.scale=3")),
         ("momentum to be a number in (-1, 1)", (*APG, "--set", "apg.momentum=-1")),
-        ("eta to be a number", (*APG, "--set", "apg.eta=much")),
+        ("eta to be a finite number", (*APG, "--set", "apg.eta=much")),
         ("sigma_range", (*APG, "--set", "interval.sigma_range=[5,0.3]")),
         ("sigma_range", (*APG, "--set", "interval.sigma_range=[a,b]")),
         ("--guidance apg", (*SAMPLE, "--set", "apg.eta=1")),
@@ -80,7 +109,9 @@ def test_an_interval_buys_steps(run, tmp_path):
         ("perp-neg.negatives=3", PERP_NEG),
         ("0 … 9", (*PERP_NEG, "--set", "perp-neg.negatives=10")),
         ("0 … 9", (*PERP_NEG, "--set", "perp-neg.negatives=blurry")),
-        ("negatives=1.5", (*PERP_NEG, "--set", "perp-neg.negatives=1.5")),
+        ("got 1.5", (*PERP_NEG, "--set", "perp-neg.negatives=1.5")),
+        ("got True", (*PERP_NEG, "--set", "perp-neg.negatives=true")),
+        ("'apg'?", (*SAMPLE, "--guidance", "APG")),
         ("autoguidance.model=FOLDER", (*SAMPLE, "--guidance", "autoguidance")),
         ("[0, 1]", (*SAMPLE, "--guidance", "cfg++", "--guidance-scale", 7)),
         ("at least 2", (*APG[:4], "--grid", "sheet.png", *APG[-2:], "--sampler", "deis", "--nfe", 1)),
