@@ -39,7 +39,7 @@ def test_missing_weights_say_what_to_do(name, monkeypatch, tmp_path):
         resolve_teacher(name)
     text = str(error.value)
     assert TEACHERS[name].repository in text and TEACHERS[name].size in text and TEACHERS[name].licence in text
-    assert "--teacher" in text and "hf download" in text
+    assert f"in place of {name!r}" in text and "hf download" in text
 
 
 def test_an_unconditional_ddpm_folder_opens_and_generates(tmp_path):
