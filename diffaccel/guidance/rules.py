@@ -165,7 +165,7 @@ class AutoGuidance(Rule):
     """
 
     scale: float = 2.0
-    model: torch.nn.Module = None
+    model: torch.nn.Module = field(default=None, repr=False)
 
     def __post_init__(self):
         check_number(self, "scale")

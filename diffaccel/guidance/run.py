@@ -106,7 +106,9 @@ class Run:
                 "not guided by this rule."
             )
         if kind is None and self.idle and self.rule.requires != {COND} and not empty:
-            _log.warning("%s acted in none of the %d evaluations: these images are not guided.", self.rule, self.step)
+            _log.warning(
+                "%s acted in none of the %d evaluations: these images are not guided.", self.rule.title, self.step
+            )
 
     def _check_call(self) -> None:
         self.rule.check(self.arguments)

@@ -276,3 +276,15 @@ def test_nothing_is_kept_alive():
         del pipe.unet
         gc.collect()
         assert unet() is None
+
+
+def test_a_pipeline_made_of_the_parts_of_a_guided_one_is_not_guided():
+    pipe, plain = own_copy(), sd_call(SD.build())
+    with guide(pipe, STEEP):
+        twin = type(pipe)(**pipe.components, requires_safety_checker=False)
+        twin.set_progress_bar_config(disable=True)
+        assert guidance_of(twin) is None
+        check_close(sd_call(twin), plain, 0)
+        with guide(twin, CFG(SCALE)):
+            check_close(sd_call(twin), sd_call(SD.build(), SCALE), 0)
+        check_close(sd_call(twin), plain, 0)
