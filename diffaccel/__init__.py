@@ -25,6 +25,7 @@ _PUBLIC = {
     "GHVBScheduler": "diffaccel.samplers.scheduler",
     "IPNDMScheduler": "diffaccel.samplers.scheduler",
     "RhoRKScheduler": "diffaccel.samplers.scheduler",
+    "SearchedScheduler": "diffaccel.samplers.searched",
     "UniPCScheduler": "diffaccel.samplers.scheduler",
     "Interval": "diffaccel.guidance.rules",
     "PerpNeg": "diffaccel.guidance.rules",

@@ -28,7 +28,19 @@ SWITCHES = {
 # What describes the model: carried over even where it was only a default of the class that a configuration comes from.
 _VP_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 _EDM_KEYS = ("timestep_type", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
-_MODEL_KEYS = ("num_train_timesteps", "prediction_type", *_VP_KEYS, *_EDM_KEYS)
+SPACING_KEYS = (
+    *(
+        "timestep_spacing",
+        "steps_offset",
+        "grid",
+        "grid_power",
+        "grid_start",
+        "final_sigmas_type",
+        "use_dynamic_shifting",
+    ),
+    *SWITCHES,
+)
+MODEL_KEYS = ("num_train_timesteps", "prediction_type", *_VP_KEYS, *_EDM_KEYS)
 
 
 def common(
@@ -220,7 +232,7 @@ def translated(config: Mapping) -> dict:
     """
     config = dict(config)
     kind = family(config)
-    defaults = [key for key in config.get("_use_default_values", []) if key not in _MODEL_KEYS]
+    defaults = [key for key in config.get("_use_default_values", []) if key not in MODEL_KEYS]
     if "_use_default_values" in config:
         config["_use_default_values"] = defaults
     if kind == "edm":

@@ -67,14 +67,18 @@ class Core:
         """Exponent p of the exact homogeneous solution: the data core integrates d(ρ^−p)."""
         return 1.0 + self.eta**2
 
-    def span(self, step: int) -> tuple[float, float, float]:
-        """(A, W, noise) of x' = A·x + W·u + noise·z; A and W are infinite in the noise core where α = 0."""
-        alpha, sigma = self.grid.alpha[step], self.grid.sigma[step]
-        next_alpha, next_sigma = self.grid.alpha[step + 1], self.grid.sigma[step + 1]
+    def span(self, start: int, stop: int | None = None) -> tuple[float, float, float]:
+        """(A, W, noise) of x' = A·x + W·u + noise·z between two nodes, by default to the next one.
+
+        A and W are infinite in the noise core where α = 0.
+        """
+        stop = start + 1 if stop is None else stop
+        alpha, sigma = self.grid.alpha[start], self.grid.sigma[start]
+        next_alpha, next_sigma = self.grid.alpha[stop], self.grid.sigma[stop]
         if self.name == "velocity":
             scale, next_scale = alpha + sigma, next_alpha + next_sigma
             return next_scale / scale, next_sigma - next_scale / scale * sigma, 0.0
-        rho, next_rho = self.grid.rho[step], self.grid.rho[step + 1]
+        rho, next_rho = self.grid.rho[start], self.grid.rho[stop]
         if self.name == "noise":
             if alpha == 0.0:
                 return math.inf, -math.inf, 0.0
@@ -102,7 +106,7 @@ class Core:
         if variable not in VARIABLES:
             raise unknown("variable", str(variable), VARIABLES)
         rho = self.grid.rho
-        places = [self._coordinate(node, variable) for node in nodes]
+        places = [self.coordinate(node, variable) for node in nodes]
         finite = [place for place in places if math.isfinite(place)]
         if variable == "log-rho" and rho[step + 1] == 0.0:
             finite = finite[:1]
@@ -117,13 +121,28 @@ class Core:
         )
         return tuple(next(basis) if place in finite else 0.0 for place in places)
 
-    def _coordinate(self, node: int, variable: str) -> float:
+    def moments(self, start: int, stop: int, variable: str, count: int) -> list[float]:
+        """Means of (z − z_start)^q/q! over the way between two nodes in the core's own measure, q = 1 … count.
+
+        The variable must be finite at both nodes.
+        """
+        points, measure = self._quadrature(self.grid.rho[start], self.grid.rho[stop], variable)
+        z = _variable_of_rho(self.grid, points, variable) - self.coordinate(start, variable)
+        total = float(measure.sum())
+        return [float(measure @ z**q) / total / math.factorial(q) for q in range(1, count + 1)]
+
+    def coordinate(self, node: int, variable: str) -> float:
+        """The variable at a node, which may be infinite."""
         rho = self.grid.rho[node]
         if variable == "t":
             return self.grid.times[node]
         if variable == "angle":
             return math.atan(rho)
         return rho if variable == "rho" else math.log(rho) if rho > 0.0 else -math.inf
+
+    def limit(self, variable: str) -> float:
+        """The variable at the clean image, as the quadrature sees it."""
+        return float(_variable_of_rho(self.grid, np.zeros(1), variable)[0])
 
     def _quadrature(self, start: float, stop: float, variable: str) -> tuple[np.ndarray, np.ndarray]:
         """Points ρ and signed weights of the integral over one step in the core's own measure."""

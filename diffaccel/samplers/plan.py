@@ -56,18 +56,23 @@ class Plan:
         rows: at least one row; the result of the last is the sample.
         order: network calls (stages) per step.
         name: what made the plan, for messages and reports.
+        initial: standard deviation of the state it starts from, over that of the model's own initial noise; 1 but where
+            a first step was taken without calling the network.
 
     Raises:
-        UsageError: no rows, or a row that reaches further back than the run does.
+        UsageError: no rows, a scale that is not above 0, or a row that reaches further back than the run does.
     """
 
     rows: tuple[Row, ...]
     order: int = 1
     name: str = ""
+    initial: float = 1.0
 
     def __post_init__(self):
         if not self.rows or self.order < 1:
             raise UsageError("A plan needs at least one row and an order of at least 1.")
+        if not 0.0 < self.initial < math.inf:
+            raise UsageError(f"The initial scale of a plan must be above 0; got {self.initial!r}.")
         for index, row in enumerate(self.rows):
             if max(len(row.states), len(row.outputs)) > index + 1:
                 raise UsageError(f"Row {index} of plan {self.name!r} reaches back further than the {index + 1} calls.")
@@ -103,7 +108,7 @@ class Plan:
             rows = tuple(
                 Row(**{**row, "states": tuple(row["states"]), "outputs": tuple(row["outputs"])}) for row in data["rows"]
             )
-            return cls(rows, data["order"], data["name"])
+            return cls(rows, data["order"], data["name"], data.get("initial", 1.0))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"This is not a sampling plan: {error}. Write plans with Plan.to_json().") from error
 

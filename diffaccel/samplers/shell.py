@@ -146,8 +146,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sigmas=sigmas,
         )
         plan = self.plan(grid)  # before anything changes, since both may refuse
-        self._grid, self._plan, self.num_inference_steps = grid, plan, grid.steps
         self.order = self.stages if timesteps is None and sigmas is None else 1
+        self._prepare(grid, plan, grid.steps, device)
+
+    def _prepare(self, grid: Grid, plan: Plan, steps: int, device) -> None:
+        """Publish the levels of a run and forget the last one; of the grid only its end is needed for that."""
+        self._grid, self._plan, self.num_inference_steps = grid, plan, steps
         self._publish([row.t for row in self._plan.rows], device)
         levels = [(row.alpha, row.sigma) for row in self._plan.rows] + [(self._grid.alpha[-1], self._grid.sigma[-1])]
         self.sigmas = self._published_levels(*torch.tensor(levels, dtype=torch.float64).T)
@@ -271,17 +275,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._run: Run | None = None
 
     def _begin(self, index: int) -> None:
-        """Start a run at an index; a multistep rule warms up there, since nothing earlier was evaluated.
+        if not 0 <= index < len(self.timesteps):
+            raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)}.")
+        self._step_index = index
+        plan = self._plan if index == 0 else Plan(tuple(self._rest(index)), name=self._plan.name)
+        self._run = Run(plan)
+
+    def _rest(self, index: int) -> Sequence[Row]:
+        """The rows of a run that begins at a later call; a multistep rule warms up there: nothing earlier was evaluated.
 
         Inside a step of several calls (a split by time, as SDXL's base and refiner have it) the rest of that step goes
         from level to level in the first order.
         """
-        if not 0 <= index < len(self.timesteps):
-            raise UsageError(f"A run cannot begin at call {index} of {len(self.timesteps)}.")
-        self._step_index = index
-        if index == 0:
-            self._run = Run(self._plan)
-            return
         step = -(-index // self.stages)
         levels = [(row.t, row.alpha, row.sigma) for row in self._plan.rows[index : step * self.stages + 1]]
         if step == self._grid.steps:  # inside the last step: its end is no call
@@ -289,7 +294,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         rows = [*map(ddim_row, levels, levels[1:])]
         if step < self._grid.steps:
             rows += self.plan(self._grid.tail(step)).rows
-        self._run = Run(Plan(tuple(rows), name=self._plan.name))
+        return rows
 
     @property
     def _over(self) -> bool:
