@@ -19,6 +19,7 @@ RANK = {
     "samplers": 2,
     "guidance": 2,
     "attention": 2,
+    "search": 3,
     "training": 3,
     "prune": 4,
     "distill": 4,

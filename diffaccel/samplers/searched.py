@@ -1,24 +1,30 @@
 """A sampling plan that was made for one model, as a file and as a scheduler."""
 
 import inspect
-import itertools
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.errors import DataError, UsageError
+import numpy as np
+import torch
+
+from ..core.config import build, to_dict
+from ..core.errors import DataError, UsageError, unknown
 from ..core.files import write_atomic
 from ..core.grids import Grid
+from ..core.prediction import convert
 from ..core.schedule import Flow, NoiseSchedule, from_diffusers
-from .config import MODEL_KEYS, SPACING_KEYS, common, configured, translated
+from .config import COMMON, MODEL_KEYS, SPACING_KEYS, common, configured, translated, validate
 from .ddim import ddim_row
-from .plan import Plan, Row
+from .plan import Plan, Row, Run
 from .shell import PlanScheduler
-from .usf import SolverSchedule
+from .usf import SolverSchedule, levels_at
 
 FORMAT, VERSION = "diffaccel solver schedule", 1
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(common).parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,6 @@ class PlanFile:
 
     def to_dict(self) -> dict:
         """The file as JSON types."""
-        plan = asdict(self.plan)
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -50,8 +55,8 @@ class PlanFile:
             "scheduler": dict(self.scheduler),
             "layers": dict(self.layers),
             "record": dict(self.record),
-            "plan": {**plan, "rows": [{**row, "states": [*row["states"]], "outputs": [*row["outputs"]]} for row in plan["rows"]]},
-        }  # fmt: skip
+            "plan": to_dict(self.plan),
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping) -> "PlanFile":
@@ -64,29 +69,24 @@ class PlanFile:
             raise DataError(f'This is not a plan of `diffaccel search`: it does not say "format": "{FORMAT}".')
         if content.get("version") != VERSION:
             raise DataError(f"This plan has version {content.get('version')!r}; this diffaccel reads {VERSION}.")
-        for key in ("scheduler", "record", "layers"):
-            if not isinstance(content.get(key, {}), Mapping):
-                raise DataError(f"The plan's {key!r} must be a JSON object; got {content[key]!r}.")
-        told = content.get("decisions")
-        decisions = None if told is None else SolverSchedule.from_dict(told)
         try:
-            config = dict(content.get("scheduler", {}))
-            schedule = from_diffusers({"num_train_timesteps": 1000, **config})
-            plan = Plan.from_json(json.dumps(content.get("plan")))
-            _check_consistent(plan, decisions, schedule)
-        except (UsageError, TypeError, ValueError, ArithmeticError) as error:
-            raise error if isinstance(error, DataError) else DataError(f"This plan makes no sense: {error}") from error
-        if content.get("nfe", plan.nfe) != plan.nfe:
-            raise DataError(f"This plan says it has {content['nfe']} network calls, but its table has {plan.nfe} rows.")
-        return cls(plan, decisions, config, dict(content.get("record", {})), dict(content.get("layers", {})))
+            parts = json.loads(_text(content))  # a copy of its own
+            nfe = parts.pop("nfe", None)
+            file = build(cls, {key: value for key, value in parts.items() if key not in ("format", "version")})
+            _check_consistent(file)
+            if nfe != file.plan.nfe:
+                raise UsageError(f"It says it has {nfe!r} network calls, but its table has {file.plan.nfe} rows.")
+        except (UsageError, TypeError, ArithmeticError, RecursionError) as error:
+            raise DataError(f"This plan makes no sense: {textwrap.shorten(str(error), 400)}") from error
+        return file
 
     def save(self, path) -> None:
         """Write the file; it is complete or absent.
 
         Raises:
-            UsageError, DiffaccelError: see `core.files.write_atomic`.
+            UsageError: a record that JSON cannot hold, such as an infinite score; see also `core.files.write_atomic`.
         """
-        write_atomic(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        write_atomic(path, _text(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path) -> "PlanFile":
@@ -97,13 +97,24 @@ class PlanFile:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise DataError(f"Cannot read the plan {path}: {reason}.") from None
         try:
             return cls.from_dict(content)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+
+    def grid(self, schedule: NoiseSchedule) -> Grid:
+        """The last call and the end of a run, after all other nodes where there are decisions.
+
+        Raises:
+            UsageError: times off the schedule, an end above the last call.
+        """
+        if self.decisions is not None:
+            return self.decisions.grid(schedule)
+        last, (alpha, sigma) = self.plan.rows[-1], map(float, schedule.end_from_rho(0.0))
+        return Grid(schedule, (last.t, schedule.t_end), (last.alpha, alpha), (last.sigma, sigma))
 
 
 class SearchedScheduler(PlanScheduler):
@@ -135,7 +146,7 @@ class SearchedScheduler(PlanScheduler):
             )
         self.file = PlanFile.from_dict(plan)
         check_levels(self.file.plan, self.noise_schedule)
-        if isinstance(self.noise_schedule, Flow) and self.file.plan.initial != 1.0:
+        if self.file.plan.initial != 1.0 and isinstance(self.noise_schedule, Flow):
             raise UsageError("This plan scales the initial noise, which pipelines for flows do not do.")
         self.init_noise_sigma = self.file.plan.initial
 
@@ -150,8 +161,10 @@ class SearchedScheduler(PlanScheduler):
 
         Raises:
             DataError: a file that cannot be read or makes no sense.
-            UsageError: a plan for another noise schedule.
+            UsageError: a plan for another noise schedule, a configuration that is none.
         """
+        if not isinstance(config, (Mapping, type(None))):
+            raise UsageError(f"Pass pipe.scheduler.config to from_file, not {type(config).__name__}.")
         file = PlanFile.load(path)
         return cls.from_config(dict(file.scheduler) if config is None else config, plan=file.to_dict(), **overrides)
 
@@ -190,18 +203,12 @@ class SearchedScheduler(PlanScheduler):
                 f"A searched plan has its own times: pass num_inference_steps={plan.nfe} and neither timesteps nor sigmas."
             )
         asked = [n for n in (num_inference_steps, nfe, None if sigmas is None else len(sigmas)) if n is not None]
-        if any(n != plan.nfe for n in asked):
+        if wrong := [n for n in asked if n != plan.nfe]:
             raise UsageError(
                 f"This plan was searched for {plan.nfe} network calls: pass num_inference_steps={plan.nfe} "
-                f"instead of {next(n for n in asked if n != plan.nfe)}, or search one for that many."
+                f"instead of {wrong[0]}, or search one for that many."
             )
-        decisions, schedule, last = self.file.decisions, self.noise_schedule, plan.rows[-1]
-        if decisions is None:
-            end = [float(value) for value in schedule.end_from_rho(0.0)]
-            grid = Grid(schedule, (last.t, schedule.t_end), (last.alpha, end[0]), (last.sigma, end[1]))
-        else:
-            grid = decisions.grid(schedule)
-        self._prepare(grid, plan, plan.nfe, device)
+        self._prepare(self.file.grid(self.noise_schedule), plan, plan.nfe, device)
 
     def steps_for(self, nfe: int) -> int:
         """The plan's number of network calls, if the budget is that.
@@ -221,25 +228,27 @@ class SearchedScheduler(PlanScheduler):
         node, _ = decisions.node_of_call(index)
         rest = decisions.tail(node).compile(self.noise_schedule).rows
         # The first of two calls at a node has no correction to make before the second.
-        idle = [Row(row.t, row.alpha, row.sigma, row.quantity, (1.0,), ()) for row in rows[: len(rows) - len(rest)]]
+        idle = [replace(row, states=(1.0,), outputs=()) for row in rows[: len(rows) - len(rest)]]
         return [*idle, *rest]
 
 
 def model_config(config: Mapping) -> dict:
     """What a plan file keeps of the configuration of a model's scheduler: noise, predictions, clipping; no spacing."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(common).parameters.items()}
-    config = {key: value for key, value in translated(config).items() if key in defaults and key not in SPACING_KEYS}
-    return {key: value for key, value in config.items() if key in MODEL_KEYS or value != defaults[key]}
+    config = {key: value for key, value in translated(config).items() if key in COMMON and key not in SPACING_KEYS}
+    return {key: value for key, value in config.items() if key in MODEL_KEYS or value != _DEFAULTS[key]}
 
 
 def check_levels(plan: Plan, schedule: NoiseSchedule) -> None:
-    """Refuse a plan whose times have other noise levels on this schedule.
+    """Refuse a plan whose times have other noise levels on this schedule, or none.
 
     Raises:
         UsageError: naming the first that differs.
     """
-    for row in plan.rows:
-        alpha, sigma = (float(value) for value in schedule.level(row.t))
+    try:
+        alphas, sigmas = (level.tolist() for level in levels_at([row.t for row in plan.rows], schedule))
+    except UsageError as error:
+        raise UsageError(f"This plan was searched for another noise schedule. {error}") from error
+    for row, alpha, sigma in zip(plan.rows, alphas, sigmas, strict=True):
         if not math.isclose(alpha, row.alpha, abs_tol=1e-6) or not math.isclose(sigma, row.sigma, abs_tol=1e-6):
             raise UsageError(
                 f"This plan was searched for another noise schedule: at t = {row.t:g} it expects sigma = {row.sigma:.4g}, "
@@ -247,55 +256,71 @@ def check_levels(plan: Plan, schedule: NoiseSchedule) -> None:
             )
 
 
-def _check_consistent(plan: Plan, decisions: SolverSchedule | None, schedule: NoiseSchedule) -> None:
-    """Refuse coefficients that do not follow from the decisions, or that would not even follow a straight path.
-
-    Where every output is that of one pair (x0, ε), any solver's states are α·x0 + σ·ε; after a skipped first step the
-    x0 in it is 0.
+def _check_consistent(file: PlanFile) -> None:
+    """Refuse coefficients that do not follow from the decisions or, without those, would not follow a straight path.
 
     Raises:
         UsageError: saying where.
     """
+    schedule, plan = _schedule(file.scheduler), file.plan
     check_levels(plan, schedule)
-    if decisions is not None:
-        expected = decisions.compile(schedule, plan.name)
-        if not _close(plan, expected):
-            raise UsageError("Its coefficients do not follow from its decisions; one of them was edited.")
-    directions = {"sample": (1.0, 0.0), "epsilon": (0.0, 1.0), "flow_prediction": (-1.0, 1.0)}
-    ends = [(row.alpha, row.sigma) for row in plan.rows[1:]]
-    if decisions is not None:
-        grid = decisions.grid(schedule)
-        ends.append((grid.alpha[-1], grid.sigma[-1]))
-    else:
-        ends.append(tuple(float(value) for value in schedule.end_from_rho(0.0)))
-    for index, (row, end) in enumerate(zip(plan.rows, ends, strict=True)):
-        known = plan.rows[index::-1]
-        for part in (0, 1) if plan.initial == 1.0 else (1,):
-            outputs = [directions.get(past.quantity, (-past.sigma, past.alpha))[part] for past in known]
-            states = [(past.alpha, past.sigma)[part] for past in known]
-            found = sum(c * value for c, value in zip(row.states, states, strict=False))
-            found += sum(c * value for c, value in zip(row.outputs, outputs, strict=False))
-            size = sum(map(abs, (*row.states, *row.outputs))) + 1.0
-            if not math.isclose(found, end[part], abs_tol=1e-6 * size):
-                raise UsageError(f"the coefficients of row {index} lead to no noise level; they were edited.")
+    grid = file.grid(schedule)
+    if file.decisions is None:
+        _check_straight(plan, (grid.alpha[-1], grid.sigma[-1]))
+        return
+    expected = file.decisions.compile(schedule)
+    kinds, numbers = zip(*map(_parts, (plan, expected)), strict=True)
+    if kinds[0] != kinds[1] or not np.allclose(*numbers, rtol=1e-6, atol=1e-6):
+        raise UsageError("Its coefficients do not follow from its decisions; one of them was edited.")
 
 
-def _close(plan: Plan, expected: Plan) -> bool:
-    def numbers(row: Row) -> list:
-        return [row.t, row.alpha, row.sigma, row.noise, len(row.states), *row.states, *row.outputs]
+def _check_straight(plan: Plan, end: tuple[float, float]) -> None:
+    """Where every output is that of one pair (x0, ε), states are α·x0 + σ·ε; x0 = 0 after a skipped first step."""
+    basis = torch.diag(torch.tensor([float(plan.initial == 1.0), 1.0], dtype=torch.float64))  # x0 and ε
+    levels = torch.tensor([*((row.alpha, row.sigma) for row in plan.rows), end], dtype=torch.float64)
+    run = Run(plan)
+    for index, row in enumerate(plan.rows):
+        size = 1.0 + sum(map(abs, (*row.states, *row.outputs)))
+        if row.noise or size == 1.0:
+            raise UsageError(f"Row {index} adds noise or keeps nothing, which no searched plan does.")
+        x, following = levels[index] @ basis, levels[index + 1] @ basis
+        result = run.advance(x, convert(basis[0], x, "sample", row.quantity, row.alpha, row.sigma))
+        if not torch.allclose(result / size, following / size, rtol=0.0, atol=1e-9):
+            raise UsageError(f"The coefficients of row {index} lead to no noise level; they were edited.")
 
-    if len(plan.rows) != len(expected.rows) or not math.isclose(plan.initial, expected.initial, rel_tol=1e-9):
-        return False
-    for row, other in zip(plan.rows, expected.rows, strict=True):
-        mine, theirs = numbers(row), numbers(other)
-        if len(mine) != len(theirs) or row.quantity != other.quantity:
-            return False
-        if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) for a, b in zip(mine, theirs, strict=True)):
-            return False
-    return True
+
+def _parts(plan: Plan) -> tuple[list, list[float]]:
+    """What must be equal in equal plans, and what may be rounded, with the zeros that rows leave out."""
+    numbers = [plan.initial]
+    for index, row in enumerate(plan.rows):
+        numbers += [row.t, row.alpha, row.sigma, row.noise]
+        for coefficients in (row.states, row.outputs):
+            numbers += [*coefficients, *[0.0] * (index + 1 - len(coefficients))]
+    return [plan.order, *(row.quantity for row in plan.rows)], numbers
+
+
+def _schedule(config: Mapping) -> NoiseSchedule:
+    """The noise schedule of what `model_config` kept."""
+    for key in config:
+        if key not in COMMON:
+            raise unknown("key of its scheduler", key, COMMON)
+    validate({**_DEFAULTS, **config})
+    try:
+        return from_diffusers({"num_train_timesteps": 1000, **config})
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UsageError(f"Its scheduler has no noise schedule: {error}") from error
+
+
+def _text(content: Mapping) -> str:
+    try:
+        return json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"A plan holds finite numbers and text only: {error}.") from error
 
 
 def _evenly_spaced(sigmas) -> bool:
-    values = [float(value) for value in sigmas]
-    gaps = [a - b for a, b in itertools.pairwise(values)]
-    return all(math.isclose(gap, gaps[0], rel_tol=1e-3, abs_tol=1e-6) for gap in gaps)
+    try:
+        gaps = np.diff([float(value) for value in sigmas])
+    except (TypeError, ValueError):
+        return False
+    return np.allclose(gaps, gaps[:1], rtol=1e-3, atol=1e-6)

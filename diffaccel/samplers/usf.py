@@ -13,12 +13,14 @@ R_1 the relaxation (R_q = 1 for q > 1). In z = λ this is the paper's update.
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from ..core.config import build, to_dict
 from ..core.errors import DataError, UsageError, unknown
 from ..core.grids import Grid
 from ..core.prediction import coefficients
@@ -146,15 +148,19 @@ class SolverSchedule:
     @property
     def nfe(self) -> int:
         """Network calls, without guidance."""
-        return len(self.times) - self.skip_first + sum(step.corrector == "implicit" for step in self.steps)
+        return len(self._calls)
 
     def compile(self, schedule: NoiseSchedule, name: str = "searched") -> Plan:
         """The plan of these decisions on a noise schedule.
 
         Raises:
-            UsageError: times off the schedule, an end above the last call, a first step skipped on a flow.
+            UsageError: times off the schedule or too close together, an end above the last call, a first step skipped
+                on a flow, a strength that leaves the range of floats.
         """
-        return _Compiler(self, schedule).plan(name)
+        try:
+            return _Compiler(self, schedule).plan(name)
+        except (ArithmeticError, np.linalg.LinAlgError) as error:
+            raise UsageError("Two times of this solver schedule are too close together to be told apart.") from error
 
     def grid(self, schedule: NoiseSchedule) -> Grid:
         """The nodes and the end of a run.
@@ -162,14 +168,7 @@ class SolverSchedule:
         Raises:
             UsageError: times off the schedule, an end above the last call.
         """
-        times = torch.tensor(self.times, dtype=torch.float64)
-        low = min(schedule.t_clean, schedule.t_min)
-        if times[0] > schedule.t_max or times[-1] < low:
-            raise UsageError(
-                f"The times of a solver schedule must lie between {low:g} and {schedule.t_max:g} on this noise schedule; "
-                f"got {self.times[0]:g} … {self.times[-1]:g}."
-            )
-        alpha, sigma = schedule.level(times)
+        alpha, sigma = levels_at(self.times, schedule)
         end_alpha, end_sigma = schedule.end_from_rho(self.end)
         end_time = schedule.t_end
         if self.end and float(schedule.t_from_rho(self.end)) < self.times[-1]:
@@ -183,28 +182,30 @@ class SolverSchedule:
 
     def tail(self, node: int) -> "SolverSchedule":
         """What remains from a node on, for runs that begin there with nothing evaluated before."""
-        steps = [_shortened(step, index + 1) for index, step in enumerate(self.steps[node:])]
+        steps = [
+            replace(step, start=1) if step.start > known else step for known, step in enumerate(self.steps[node:], 1)
+        ]
         return SolverSchedule(self.times[node:], tuple(steps), self.end)
 
     def node_of_call(self, call: int) -> tuple[int, bool]:
-        """(node at which a network call happens, whether it is that node's second)."""
-        calls = [(node, again) for node in range(len(self.times)) for again in self._calls_at(node)]
-        return calls[call]
+        """(node at which a network call happens, whether it is that node's second); calls count from 0."""
+        return self._calls[call]
 
-    def _calls_at(self, node: int) -> Sequence[bool]:
-        if node == 0:
-            return [] if self.skip_first else [False]
-        return [False, True] if self.steps[node - 1].corrector == "implicit" else [False]
+    @property
+    def _calls(self) -> list[tuple[int, bool]]:
+        twice = {node for node, step in enumerate(self.steps, 1) if step.corrector == "implicit"}
+        nodes = range(self.skip_first, len(self.times))
+        return [(node, again) for node in nodes for again in ((False, True) if node in twice else (False,))]
 
     def to_dict(self) -> dict:
         """The schedule as JSON types; what is at its default is left out of the steps."""
-        defaults = asdict(Decision())
-        steps = [
-            {"order": step.order, "core": step.core, "variable": step.variable}
-            | {key: _plain(value) for key, value in asdict(step).items() if value != defaults[key]}
-            for step in self.steps
+        defaults, always = to_dict(Decision()), ("order", "core", "variable")
+        content = to_dict(self)
+        content["steps"] = [
+            {key: value for key, value in step.items() if key in always or value != defaults[key]}
+            for step in content["steps"]
         ]
-        return {"times": list(self.times), "end": self.end, "skip_first": self.skip_first, "steps": steps}
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping) -> "SolverSchedule":
@@ -214,20 +215,34 @@ class SolverSchedule:
             DataError: saying which key, number or decision makes no sense.
         """
         try:
-            _check_keys(content, [field.name for field in fields(cls)], "a solver schedule")
-            if not isinstance(content.get("steps"), list) or not isinstance(content.get("times"), list):
-                raise UsageError("A solver schedule needs lists of times and of steps.")
-            steps = []
-            for index, step in enumerate(content["steps"]):
-                _check_keys(step, [field.name for field in fields(Decision)], f"step {index}")
-                steps.append(Decision(**{**step, "points": tuple(step.get("points", ()))}))
-            return cls(tuple(content["times"]), tuple(steps), content.get("end", 0.0), content.get("skip_first", False))
-        except (UsageError, TypeError) as error:
+            if not isinstance(content, Mapping):
+                raise UsageError(f"it must be a JSON object, got {content!r}.")
+            return build(cls, content)
+        except (UsageError, OverflowError) as error:
             raise DataError(f"This solver schedule makes no sense: {error}") from error
 
 
+def levels_at(times: Sequence[float], schedule: NoiseSchedule) -> tuple[torch.Tensor, torch.Tensor]:
+    """(α, σ), each (N,) float64, at the times of network calls.
+
+    Raises:
+        UsageError: a time that is off the schedule by more than rounding on another machine.
+    """
+    low, high = min(schedule.t_clean, schedule.t_min), schedule.t_max
+    if not (low - 1e-6 <= min(times) and max(times) <= high + 1e-6):
+        raise UsageError(
+            f"The times of a solver schedule must lie between {low:g} and {high:g} on this noise schedule; got "
+            f"{max(times):g} … {min(times):g}."
+        )
+    return schedule.level(torch.tensor(times, dtype=torch.float64))
+
+
 class _Compiler:
-    """Walks over the steps of a schedule with the state as a linear form of what the network has seen and said."""
+    """Walks over the steps of a schedule, everything a linear form of what the network has seen and said.
+
+    A state that the network has seen is that input, not what led to it: what pipelines change in between counts, and a
+    run remembers no more than its rules look back.
+    """
 
     def __init__(self, decisions: SolverSchedule, schedule: NoiseSchedule):
         if decisions.skip_first and isinstance(schedule, Flow):
@@ -241,47 +256,42 @@ class _Compiler:
         self.rows: list[Row] = []
 
     def plan(self, name: str) -> Plan:
-        steps, grid = self.decisions.steps, self.grid
-        following = Form.state(0)
-        for node, step in enumerate(steps):
-            if node == 0 and self.decisions.skip_first:  # x_0 = (σ_0/σ_1)·x_1 and ε = x_0/σ_0
-                x = grid.sigma[0] / grid.sigma[1] * Form.state(0)
-                epsilon = x / grid.sigma[0]
-                self._keep(x, x, epsilon)  # the flow velocity ε − x0 with x0 = 0
-                following = Form.state(0)
-            else:
-                self._call(node, following, steps[node - 1] if node else None)
-                following = self._step(node, step)
-                self._close(node, following)
-        initial = grid.sigma[1] / grid.sigma[0] if self.decisions.skip_first else 1.0
+        steps, grid, initial = self.decisions.steps, self.grid, 1.0
+        if self.decisions.skip_first:  # x_0 = (σ_0/σ_1)·x_1, and ε − x0 = ε = x_0/σ_0
+            initial = grid.sigma[1] / grid.sigma[0]
+            x = Form.state(0) / initial
+            self._keep(x, x, x / grid.sigma[0])
+            following = self._step(0, steps[0])
+        else:
+            self._keep(*self._evaluated())
+            following = self._close(self._step(0, steps[0]))
+        for node, (before, step) in enumerate(itertools.pairwise(steps), 1):
+            self._keep(*self._evaluated())
+            far = before.core == "noise" and grid.rho[node - before.start] > FAR
+            if before.corrector != "none" and not far:
+                self.states[node] = self.states[node] + (self._step(node - 1, before, correct=True) - following)
+            if before.corrector == "implicit":
+                self._close(self.states[node])
+                self.states[node], self.seen[node], self.outputs[node] = self._evaluated()
+            following = self._close(self._step(node, step))
         return Plan(tuple(self.rows), name=name, initial=initial)
-
-    def _call(self, node: int, x: Form, before: Decision | None) -> None:
-        """Evaluate a node, and redo the step that led to it where that one says so."""
-        self._keep(x, *self._evaluated())
-        if before is None or before.corrector == "none":
-            return
-        corrected = self._step(node - 1, before, correct=True)
-        self.states[node] = corrected
-        if before.corrector == "implicit":
-            self._close(node, corrected)
-            self.seen[node], self.outputs[node] = self._evaluated()
-            self.states[node] = self.seen[node]
 
     def _keep(self, state: Form, seen: Form, output: Form) -> None:
         self.states.append(state)
         self.seen.append(seen)
         self.outputs.append(output)
 
-    def _evaluated(self) -> tuple[Form, Form]:
-        """Input and output of the call whose row comes next."""
-        return Form.state(len(self.rows)), Form.output(len(self.rows))
+    def _evaluated(self) -> tuple[Form, Form, Form]:
+        """State, input and output of the node of the call whose row comes next."""
+        here = Form.state(len(self.rows))
+        return here, here, Form.output(len(self.rows))
 
-    def _close(self, node: int, following: Form) -> None:
-        """Write the row of the newest call: what it leads to."""
-        grid = self.grid
+    def _close(self, following: Form) -> Form:
+        """Write the row of the newest call: what it leads to, which is returned."""
+        grid, node = self.grid, len(self.states) - 1
         states, outputs = following.coefficients(len(self.rows))
         self.rows.append(Row(grid.times[node], grid.alpha[node], grid.sigma[node], _STORED, states, outputs))
+        return following
 
     def _step(self, node: int, step: Decision, correct: bool = False) -> Form:
         """The state after the step that leaves from ``node``; corrected, its end is evaluated already."""
@@ -291,8 +301,6 @@ class _Compiler:
         if not math.isfinite(ratio):  # α = 0 in the noise core: x' = σ'·ε + α'·x0 with ε = x/σ
             alpha, sigma = self.grid.alpha[stop], self.grid.sigma[stop]
             return sigma / self.grid.sigma[start] * x + alpha * self._quantity("data", start)
-        if correct and core.name == "noise" and self.grid.rho[start] > FAR:
-            return self.states[stop]
         newest = stop if correct else node
         others = [*range(newest, start, -1), *range(start - 1, -1, -1)]
         weights = taylor_weights(core, start, stop, others, step, correct)
@@ -335,7 +343,7 @@ def taylor_weights(
     else:
         moments = core.moments(start, stop, step.variable, count)
     if not correct or count == 1:
-        moments[0] *= _relaxation(core, start, stop, step, moments[0])
+        moments[0] = _relaxed(core, start, stop, step, moments[0])
     for q, moment in enumerate(moments, 1):
         points = count if correct or not step.points else step.points[q - 1]
         active = usable[: max(points, q)]
@@ -345,60 +353,39 @@ def taylor_weights(
     return weights
 
 
-def _derivative(gaps: Sequence[float], q: int) -> np.ndarray:
+def _derivative(gaps: Sequence[float], q: int) -> list[float]:
     """Shares a_k with Σ_k a_k·(f_k − f_s) the q-th derivative at s, exact for polynomials of as many degrees as points."""
     scale = max(map(abs, gaps))
     powers = np.arange(1, len(gaps) + 1)
-    system = (np.asarray(gaps) / scale) ** powers[:, None]
+    system = np.array([gap / scale for gap in gaps]) ** powers[:, None]
     wanted = np.where(powers == q, float(math.factorial(q)), 0.0)
-    return np.linalg.solve(system, wanted) / scale**q
+    return [share / scale**q for share in np.linalg.solve(system, wanted).tolist()]
 
 
-def _relaxation(core: Core, start: int, stop: int, step: Decision, moment: float) -> float:
-    """R_1; the moment is M_1 of the step."""
+def _relaxed(core: Core, start: int, stop: int, step: Decision, moment: float) -> float:
+    """R_1·M_1 of a step whose M_1 is the moment."""
     if step.relaxation == "none":
-        return 1.0
+        return moment
     if step.relaxation == "scale":
-        return step.strength
+        return step.strength * moment
+    half = 0.5 * (_coordinate(core, stop, step.variable) - _coordinate(core, start, step.variable))
     if step.relaxation == "bh2":
-        end = core.grid.rho[stop]
-        gap = (
-            _coordinate(core, stop, step.variable)
-            if end > 0.0 or step.variable == "step"
-            else core.limit(step.variable)
-        )
-        return 0.5 * (gap - _coordinate(core, start, step.variable)) / moment
+        return half
     h = math.log(core.grid.rho[start] / core.grid.rho[stop])
     if step.relaxation == "linear":
-        return 1.0 + step.strength * h
+        return (1.0 + step.strength * h) * moment
     signed = -h if core.name == "data" else h
-    if step.relaxation == "bh1":
-        return 0.5 * signed**2 / (math.expm1(signed) - signed)
-    return 1.0 + (0.5 if step.relaxation == "exp+" else -0.5) * math.expm1(signed)
+    if step.relaxation == "bh1":  # R_1 = ½h²/(e^h − 1 − h) and M_1 = −(e^h − 1 − h)/(e^h − 1): nothing cancels
+        return half * signed / math.expm1(signed)
+    return (1.0 + (0.5 if step.relaxation == "exp+" else -0.5) * math.expm1(signed)) * moment
 
 
 def _coordinate(core: Core, node: int, variable: str) -> float:
-    return float(node) if variable == "step" else core.coordinate(node, variable)
-
-
-def _shortened(step: Decision, nodes: int) -> Decision:
-    """A decision with so many nodes up to and including its own."""
-    if step.start <= nodes:
-        return step
-    values = {field.name: getattr(step, field.name) for field in fields(step)}
-    return Decision(**{**values, "start": 1})
-
-
-def _check_keys(content, known: Sequence[str], what: str) -> None:
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{what} must be a JSON object; got {content!r}.")
-    for key in content:
-        if key not in known:
-            raise unknown(f"key of {what}", str(key), known)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    if variable == "step":
+        return float(node)
+    if variable == "t" and node == core.grid.steps:  # what stands there for the clean image is only a mark
+        return float(core.grid.schedule.t_from_rho(core.grid.rho[node]))
+    return core.coordinate(node, variable)
 
 
 def _whole(value, least: int) -> bool:
@@ -406,4 +393,4 @@ def _whole(value, least: int) -> bool:
 
 
 def _real(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

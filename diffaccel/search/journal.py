@@ -1,0 +1,85 @@
+"""An append-only record of what was evaluated, so that a search that was stopped can be continued."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..core.errors import DataError, UsageError
+
+
+class Journal:
+    """Scores by key, one JSON object per line, after a first line with the settings they belong to.
+
+    Args:
+        path: of the file; None for a journal in memory only.
+        settings: what scores depend on; a file with other settings is refused.
+        resume: continue a file that exists; without, an existing one is refused.
+
+    Attributes:
+        scores: of all keys so far.
+        facts: what was settled once for the whole search, such as the budget that a time was turned into.
+
+    Raises:
+        UsageError: a file that exists, or does not; settings that differ, with their names; a path that cannot be written.
+        DataError: a file that is no journal.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping, resume: bool = False):
+        self.path, self.scores, self.facts = path and Path(path), {}, {}
+        if self.path is None:
+            return
+        if resume:
+            self._read(json.loads(json.dumps(settings)))
+        elif self.path.exists():
+            raise UsageError(f"{self.path} holds another search: continue it with --resume, or remove it first.")
+        else:
+            self._append({"settings": settings})
+
+    def add(self, key: str, score: float) -> None:
+        """Write a score down; it is on the disk when this returns."""
+        self.scores[key] = score
+        if self.path is not None:
+            self._append({"key": key, "score": score if math.isfinite(score) else None})
+
+    def settle(self, name: str, value):
+        """The value written under this name, which is the given one unless the journal has one already."""
+        if name not in self.facts:
+            self.facts[name] = value
+            if self.path is not None:
+                self._append({"fact": name, "value": value})
+        return self.facts[name]
+
+    def _append(self, entry: Mapping) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UsageError(f"Cannot write {self.path}: {error.strerror}.") from error
+
+    def _read(self, settings: Mapping) -> None:
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"There is no search to resume at {self.path}: {error.strerror}.") from None
+        whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the machine stopped is dropped
+        try:
+            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            found = lines[0]["settings"]
+            for line in lines[1:]:
+                if "fact" in line:
+                    self.facts[line["fact"]] = line["value"]
+                else:
+                    self.scores[line["key"]] = math.inf if line["score"] is None else float(line["score"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DataError(f"{self.path} is not the journal of a search: {error!r}.") from None
+        changed = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} was {found.get(key)!r} and is {settings.get(key)!r}" for key in sorted(changed))
+            raise UsageError(f"{self.path} belongs to a search with other settings: {listed}.")
+        if len(whole) < len(data):
+            with open(self.path, "rb+") as file:
+                file.truncate(len(whole))

@@ -1,0 +1,79 @@
+"""What a schedule is judged by. Every candidate gets the same noise."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from ..core.errors import UsageError
+from ..core.grids import make_grid
+from ..samplers.deis import deis_plan
+from ..samplers.searched import PlanFile
+from .subjects import Subject
+
+
+class Objective(ABC):
+    """A score of samples, lower is better.
+
+    Attributes:
+        name: as in files and on the command line.
+        unit: one line saying what the number is.
+    """
+
+    name: str
+    unit: str
+
+    def prepare(self, subject: Subject, seed: int, count: int) -> None:
+        """Do once what scores of samples from this noise need; calls for the same noise may repeat."""
+
+    @abstractmethod
+    def score(self, subject: Subject, file: PlanFile, seed: int, count: int) -> float:
+        """The score of a plan on ``count`` samples from this noise."""
+
+
+class Trajectory(Objective):
+    """Root mean square distance to where the model's own fine trajectory leads from the same noise. Needs no data.
+
+    Args:
+        fine_steps: network calls of the fine trajectory, DEIS of the third order on a grid that is dense at the clean end.
+    """
+
+    name, unit = "trajectory", "RMSE to the fine trajectory"
+
+    def __init__(self, fine_steps: int = 200):
+        self.fine_steps = fine_steps
+        self._targets: dict[tuple[int, int], torch.Tensor] = {}
+
+    def prepare(self, subject, seed, count):
+        if (seed, count) not in self._targets:
+            fine = subject.file(fine_plan(subject, self.fine_steps))
+            self._targets[seed, count] = subject.draw(fine, seed, count)
+
+    def score(self, subject, file, seed, count):
+        self.prepare(subject, seed, count)
+        gap = subject.draw(file, seed, count) - self._targets[seed, count]
+        return float(gap.double().square().mean().sqrt())
+
+
+class Samples(Objective):
+    """Any function of the final states: a Fréchet or kernel distance to reference statistics, or a user's own.
+
+    Args:
+        measure: final states (count, …) float32 on the CPU → score, lower is better.
+        name, unit: see `Objective`.
+        decoded: give it images in [−1, 1] in place of final states, where these are latents.
+    """
+
+    def __init__(self, measure: Callable[[torch.Tensor], float], name: str, unit: str, decoded: bool = False):
+        if not callable(measure):
+            raise UsageError(f"An objective is a function of samples; got {measure!r}.")
+        self.measure, self.name, self.unit, self.decoded = measure, name, unit, decoded
+
+    def score(self, subject, file, seed, count):
+        drawn = (subject.images if self.decoded else subject.draw)(file, seed, count)
+        return float(self.measure(drawn))
+
+
+def fine_plan(subject: Subject, steps: int):
+    """A plan of so many steps that another solver would end at the same place."""
+    return deis_plan(make_grid(subject.schedule, steps, "quadratic"), 2)

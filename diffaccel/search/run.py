@@ -1,0 +1,332 @@
+"""One search from hand-set seeds to a validated plan."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..core.errors import NumericalError, UsageError, unknown
+from ..core.processes import Processes
+from ..core.versions import library_versions
+from ..samplers.searched import PlanFile
+from ..samplers.usf import SolverSchedule
+from .dynamic import trajectory_times
+from .engine import Search
+from .evolution import evolution
+from .journal import Journal
+from .objectives import Objective
+from .polish import polish
+from .s3 import s3
+from .seeds import RULES, hand_set
+from .space import GENES, SolverSpace
+from .subjects import Subject
+
+STRATEGIES = ("s3", "evolution", "times")
+_SEEDS_KEPT = 24  # hand-set schedules that are evaluated in full and that the search starts from
+_FINALISTS, _RIVALS = 6, 4  # candidates and hand-set schedules that are compared on fresh noise
+_SKIPPING = 8  # of the best hand-set schedules, tried without their first call and with one more time
+_LATER = (1.0, 1.15)  # of the dynamic programme
+_POLISHED = 0.5  # share of the evaluations
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A plan with what it is called and its scores by stage: "search", "selection", "validation"."""
+
+    label: str
+    file: PlanFile
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        best: the plan to use: the searched one, or the best hand-set one where that was not beaten on held-out noise.
+        seed: the best hand-set schedule.
+        improved: whether ``best`` was found by the search.
+        file: of ``best``, with the record of the search.
+    """
+
+    best: Scored
+    seed: Scored
+    improved: bool
+    file: PlanFile
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told while a search runs: stage, evaluations done and planned, best score so far, facts, seconds left."""
+
+    stage: str
+    done: int
+    planned: int
+    best: float
+    facts: dict[str, float]
+    left: float | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search is done.
+
+    Args:
+        nfe: network calls of a run, a guidance pair counted once.
+        strategy: "s3" (evolution guided by a predictor), "evolution", or "times" (evolution of times alone).
+        evaluations: candidates that are scored; None to take as many as ``seconds`` allow.
+        seconds: time for all of it, of which the evaluations are what remains after hand-set schedules and validation.
+        samples: per candidate.
+        validation: samples of each of the two fresh draws; None for four times ``samples``.
+        seed: of the search and of the noise.
+        genes: what of a schedule may be searched, of `space.GENES`.
+
+    Raises:
+        UsageError: a number out of range, an unknown strategy.
+    """
+
+    nfe: int
+    strategy: str = "s3"
+    evaluations: int | None = 1000
+    seconds: float | None = None
+    samples: int = 256
+    validation: int | None = None
+    seed: int = 0
+    genes: tuple[str, ...] = GENES
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise unknown("search strategy", self.strategy, STRATEGIES)
+        for name in ("nfe", "samples", "evaluations"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        if (self.evaluations is None) == (self.seconds is None):
+            raise UsageError("The budget of a search is either a number of evaluations or a time.")
+        if self.seconds is not None and not 0.0 < self.seconds < math.inf:
+            raise UsageError(f"The time of a search must be above 0 seconds; got {self.seconds!r}.")
+
+    @property
+    def fresh(self) -> int:
+        """Samples of a fresh draw."""
+        return self.validation or 4 * self.samples
+
+
+class SolverSearch:
+    """Searches a solver schedule for one model.
+
+    Args:
+        subject: the model.
+        objective: what is minimised.
+        settings: how.
+        journal: where scores are kept; None for memory alone.
+        processes: the processes that share the evaluations; None for this one alone.
+        tell: told the progress.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        objective: Objective,
+        settings: Settings,
+        journal: Journal | None = None,
+        processes: Processes | None = None,
+        tell: Callable[[Progress], None] = lambda progress: None,
+    ):
+        self.subject, self.objective, self.settings = subject, objective, settings
+        self.journal = journal or Journal(None, {})
+        self.processes = processes or Processes("cpu", together=False)
+        self.space = SolverSpace(
+            subject.schedule, settings.nfe, ("times",) if settings.strategy == "times" else settings.genes
+        )
+        self._tell, self._stage, self._started = tell, "seeds", time.monotonic()
+        self._search: Search | None = None
+        self.spent = 0  # network calls times samples
+
+    def run(self) -> Outcome:
+        """Search, choose on fresh noise, and compare with the best hand-set schedule on noise that is fresh again.
+
+        Raises:
+            UsageError: a budget below one evaluation.
+            NumericalError: no schedule has a finite score.
+        """
+        seeds = self._seeds()
+        search = self._explored(seeds)
+        finalists = self._finalists(search, seeds)
+        return self._validated(search, finalists, seeds)
+
+    def _seeds(self) -> list[Scored]:
+        """The hand-set schedules, best first: all of them on a quarter of the noise, the best of those on all of it."""
+        settings = self.settings
+        found = list(hand_set(self.subject, settings.nfe))
+        few = max(settings.samples // 4, min(settings.samples, 16))
+        first = self._scores([file for _, file in found], settings.seed, few)
+        order = sorted(range(len(found)), key=lambda index: first[index])[:_SEEDS_KEPT]
+        kept = [found[index] for index in order]
+        self._stage = "best seeds"
+        began = time.monotonic()
+        scores = self._scores([file for _, file in kept], settings.seed, settings.samples)
+        each = (time.monotonic() - began) / max(len(kept), 1)
+        if not any(map(math.isfinite, scores)):
+            raise NumericalError(f"No hand-set schedule of {settings.nfe} network calls gives a finite score.")
+        self._plan_budget(each)
+        ranked = sorted(zip(scores, kept, strict=True), key=lambda pair: pair[0])
+        return [Scored(label, file, {"search": score}) for score, (label, file) in ranked]
+
+    def _plan_budget(self, each: float) -> None:
+        settings = self.settings
+        if settings.evaluations is None:
+            # The first to time an evaluation decides for all: processes, and searches that are continued.
+            fresh = 2.0 * settings.fresh / settings.samples * (_FINALISTS + _RIVALS) * each
+            left = settings.seconds - (time.monotonic() - self._started) - fresh
+            count = self.processes.gather_json(int(left / max(each, 1e-6)))[0]
+            self.evaluations = int(self.journal.settle("evaluations", count))
+            if self.evaluations < 1:
+                raise UsageError(
+                    f"The budget of {settings.seconds:.0f} s is too small: hand-set schedules and validation alone take "
+                    f"{settings.seconds - left:.0f} s, one evaluation {each:.2g} s; allow more time or fewer samples."
+                )
+        else:
+            self.evaluations = settings.evaluations
+
+    def _explored(self, seeds: Sequence[Scored]) -> Search:
+        settings = self.settings
+        starts = [seed.file.decisions for seed in seeds if seed.file.decisions is not None]
+        search = self._search = Search(
+            self.space, self._score_schedules, self.evaluations, settings.seed, lambda search: self._report()
+        )
+        self._stage = "dynamic programme"
+        planned = [
+            rule.decide(self._planned_times(later), bool(self.space._pinned))
+            for later in _LATER
+            for rule in (RULES[0], RULES[3], RULES[11])
+        ]
+        self._stage = settings.strategy
+        starts = [
+            self.space.settled(self.space.axis.of(one.times), one.steps, one.end, one.skip_first) for one in starts
+        ]
+        free = [self.space.skipping(one, True) for one in starts[:_SKIPPING]]
+        search.evaluate([*starts, *planned, *free], "seeds")
+        share = int((1.0 - _POLISHED) * search.remaining)
+        (s3 if settings.strategy == "s3" else evolution)(search, share)
+        self._stage = "polish"
+        polish(search, search.remaining)
+        return search
+
+    def _planned_times(self, later: float) -> tuple[float, ...]:
+        key = f"times {later}"
+        if key not in self.journal.facts:
+            times = trajectory_times(self.subject, self.settings.nfe, self.settings.seed, later=later)
+            self.journal.settle(key, list(times))
+        return self.space.axis.times(self.space.axis.of(self.journal.facts[key]))
+
+    def _finalists(self, search: Search, seeds: Sequence[Scored]) -> list[Scored]:
+        """The best candidates and the best hand-set schedules, on fresh noise."""
+        self._stage = "selection"
+        found = [
+            Scored(one.origin, self._file(one.candidate), {"search": one.score}) for one in search.best(_FINALISTS)
+        ]
+        return self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
+
+    def _validated(self, search: Search, finalists: Sequence[Scored], seeds: Sequence[Scored]) -> Outcome:
+        """The winner against all hand-set schedules among the finalists, on noise that nothing was chosen by."""
+        self._stage = "validation"
+        hand = [one for one in finalists if one.label in {seed.label for seed in seeds}]
+        winner = min(finalists, key=lambda one: one.scores["selection"])
+        contenders = self._on_fresh_noise([*hand, *([] if winner in hand else [winner])], "validation", 2)
+        hand = contenders[: len(hand)]
+        seed = min(hand, key=lambda one: one.scores["validation"])
+        best = min([contenders[-1], seed], key=lambda one: one.scores["validation"])
+        improved = best.label not in {one.label for one in hand}
+        if not math.isfinite(best.scores["validation"]):
+            raise NumericalError("No schedule has a finite score on fresh noise.")
+        file = PlanFile(
+            best.file.plan, best.file.decisions, best.file.scheduler, self._record(search, best, seed, improved)
+        )
+        return Outcome(Scored(best.label, file, best.scores), seed, improved, file)
+
+    def _on_fresh_noise(self, entries: Sequence[Scored], stage: str, draw: int) -> list[Scored]:
+        settings = self.settings
+        scores = self._scores([one.file for one in entries], fresh_seed(settings.seed, draw), settings.fresh)
+        return [
+            Scored(one.label, one.file, {**one.scores, stage: score})
+            for one, score in zip(entries, scores, strict=True)
+        ]
+
+    def _record(self, search: Search, best: Scored, seed: Scored, improved: bool) -> dict:
+        settings = self.settings
+        return {
+            "objective": self.objective.name,
+            "unit": self.objective.unit,
+            "improved": improved,
+            "found_by": best.label,
+            "scores": best.scores,
+            "seed_schedule": {"label": seed.label, "scores": seed.scores},
+            "strategy": settings.strategy,
+            "genes": list(self.space.genes),
+            "samples": {"search": settings.samples, "selection": settings.fresh, "validation": settings.fresh},
+            "noise_seeds": {
+                "search": settings.seed,
+                **{stage: fresh_seed(settings.seed, draw) for draw, stage in ((1, "selection"), (2, "validation"))},
+            },
+            "cost": {"candidates": len(search.archive), "network_calls_times_samples": self.spent},
+            "facts": search.facts,
+            "model": self.subject.fingerprint(),
+            "versions": library_versions(),
+        }
+
+    def _file(self, schedule: SolverSchedule) -> PlanFile:
+        return self.subject.file(schedule.compile(self.subject.schedule), schedule)
+
+    def _score_schedules(self, schedules: Sequence[SolverSchedule]) -> list[float]:
+        return self._scores([self._file(one) for one in schedules], self.settings.seed, self.settings.samples)
+
+    def _scores(self, files: Sequence[PlanFile], seed: int, count: int) -> list[float]:
+        """Scores of plans on one noise; known ones from the journal, the others shared among the processes."""
+        keys = [f"{seed}/{count}/{_digest(file)}" for file in files]
+        missing = [i for i, key in enumerate(keys) if key not in self.journal.scores]
+        for start in range(0, len(missing), 16 * self.processes.world):
+            part = missing[start : start + 16 * self.processes.world]
+            mine = part[self.processes.rank :: self.processes.world]
+            scored = self.processes.agree(lambda mine=mine: [self._score(files[i], seed, count) for i in mine])
+            for rank, scores in enumerate(self.processes.gather_json(scored)):
+                for i, score in zip(part[rank :: self.processes.world], scores, strict=True):
+                    self.journal.add(keys[i], math.inf if score is None else score)
+            self._report()
+        self.spent += count * sum(file.plan.nfe for file in files)
+        return [self.journal.scores[key] for key in keys]
+
+    def _score(self, file: PlanFile, seed: int, count: int) -> float | None:
+        try:
+            score = self.objective.score(self.subject, file, seed, count)
+        except (NumericalError, ArithmeticError):
+            return None
+        return score if math.isfinite(score) else None
+
+    def _report(self) -> None:
+        search = self._search
+        done, best = (len(search.archive), search.best()) if search else (0, [])
+        planned = getattr(self, "evaluations", 0)
+        seconds = time.monotonic() - self._started
+        left = None if not done else seconds / done * max(planned - done, 0)
+        self._tell(
+            Progress(
+                self._stage,
+                done,
+                planned,
+                best[0].score if best else math.inf,
+                dict(search.facts) if search else {},
+                left,
+            )
+        )
+
+
+def fresh_seed(seed: int, draw: int) -> int:
+    """The seed of a draw of noise that the search itself did not see."""
+    return seed + 1_000_003 * draw
+
+
+def _digest(file: PlanFile) -> str:
+    import hashlib
+
+    return hashlib.sha256(file.plan.to_json().encode()).hexdigest()[:24]

@@ -1,0 +1,125 @@
+"""Predictor-guided search: its budget, its optimum, its sameness under a seed, and spaces that end."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffaccel.search.engine import Search
+from diffaccel.search.s3 import s3
+
+STEPS, KINDS, LEVELS = 4, 3, 9
+KIND, LEVEL = (0, 2, 1, 2), (7, 5, 2, 0)  # the optimum
+
+
+class Words:
+    """Sequences of (kind, level) decisions."""
+
+    def __init__(self, steps=STEPS, kinds=KINDS, levels=LEVELS):
+        self.steps, self.kinds, self.levels = steps, kinds, levels
+
+    def key(self, candidate):
+        return str(candidate)
+
+    def draw(self, random):
+        return tuple((int(random.integers(self.kinds)), int(random.integers(self.levels))) for _ in range(self.steps))
+
+    def mutate(self, candidate, random):
+        place, changed = int(random.integers(self.steps)), list(candidate)
+        kind, level = changed[place]
+        if self.kinds > 1 and random.random() < 0.5:
+            changed[place] = ((kind + 1 + int(random.integers(self.kinds - 1))) % self.kinds, level)
+        else:
+            changed[place] = (kind, (level + 1 + int(random.integers(self.levels - 1))) % self.levels)
+        return tuple(changed)
+
+    def cross(self, one, other, random):
+        return tuple(pair[int(random.integers(2))] for pair in zip(one, other, strict=True))
+
+    def tokens(self, candidate):
+        return np.array([[*np.eye(self.kinds)[kind], level / self.levels] for kind, level in candidate])
+
+
+def score(candidate):
+    """0 at the optimum, at least 1 elsewhere; levels count together with those of their neighbours."""
+    gaps = [level - best for (_, level), best in zip(candidate, LEVEL, strict=True)]
+    wrong = sum(kind != best for (kind, _), best in zip(candidate, KIND, strict=True))
+    return sum(gap**2 for gap in gaps) + 0.5 * sum(a * b for a, b in itertools.pairwise(gaps)) + 6.0 * wrong
+
+
+def scores(candidates):
+    return [score(one) for one in candidates]
+
+
+FAST = {"generations": 5, "children": 50}
+
+
+def searched(evaluations, seed=0, start=3, score=scores, space=None, budget=10_000, **settings):
+    """(search, candidates in the order of their calls)."""
+    calls, space = [], space or Words()
+
+    def counting(candidates):
+        calls.extend(candidates)
+        return score(candidates)
+
+    search, random = Search(space, counting, budget, seed), np.random.default_rng(1)
+    search.evaluate([space.draw(random) for _ in range(start)], "seed")
+    s3(search, evaluations, **{**FAST, **settings})
+    return search, calls
+
+
+def test_the_optimum_is_found():
+    found = 0
+    for seed in range(10):
+        best = searched(120, seed=seed)[0].best()[0]
+        found += best.candidate == tuple(zip(KIND, LEVEL, strict=True))
+    assert found >= 9  # of 531,441 candidates
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_the_evaluations_are_spent_to_the_last_one(start):
+    search, calls = searched(53, start=start)
+    assert len(search.archive) == len(calls) == len(set(calls)) == start + 53
+    assert {one.origin for one in search.archive[start:]} == {"s3"}
+
+
+def test_a_smaller_budget_is_obeyed():
+    search, calls = searched(100, budget=41)
+    assert len(search.archive) == len(calls) == 41 and search.remaining == 0
+    assert searched(0)[0].remaining == 10_000 - 3
+
+
+def test_candidates_without_a_finite_score_do_not_stop_it():
+    search, calls = searched(60, score=lambda candidates: [math.inf] * len(candidates))
+    assert len(calls) == len(set(calls)) == 63
+    assert search.facts["kendall_tau"] == 0.0
+
+
+def test_a_space_may_be_used_up():
+    space = Words(steps=2, kinds=2, levels=3)
+    search, calls = searched(1000, space=space, score=lambda candidates: [float(one[0][1]) for one in candidates])
+    assert len(set(calls)) == len(calls) == len(search.archive) == 36
+
+
+def test_the_seed_decides_and_global_state_does_not():
+    one, _ = searched(56, seed=5)
+    torch.manual_seed(123)
+    np.random.seed(7)
+    again, _ = searched(56, seed=5)
+    assert [item.candidate for item in one.archive] == [item.candidate for item in again.archive]
+    assert one.facts == again.facts
+    assert [item.candidate for item in searched(56, seed=6)[0].archive] != [item.candidate for item in one.archive]
+
+
+def test_it_says_how_well_its_predictor_ranks():
+    search, _ = searched(120)
+    assert search.facts["kendall_tau"] >= 0.6
+    assert -1.0 <= search.facts["kendall_tau_ahead"] <= 1.0
+
+
+def test_children_of_the_best_are_in_every_batch():
+    """With nothing left to the predictor it is an evolution."""
+    search, calls = searched(48, plain=1.0)
+    assert len(set(calls)) == 51 and search.best()[0].score < search.best(51)[-1].score
