@@ -35,6 +35,7 @@ _PUBLIC = {
     "disable_guidance": "diffaccel.guidance.attach",
     "distill_model": "diffaccel.distillation",
     "enable_guidance": "diffaccel.guidance.attach",
+    "apply_plan": "diffaccel.search.layers",
     "evaluate_fid": "diffaccel.evaluate.run",
     "evaluate_images": "diffaccel.evaluate.run",
     "generate": "diffaccel.generation",
@@ -43,6 +44,10 @@ _PUBLIC = {
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
     "recommended_guidance": "diffaccel.guidance.settings",
+    "remove_plan": "diffaccel.search.layers",
+    "search_schedule": "diffaccel.solver_search",
+    "skip_layers": "diffaccel.search.layers",
+    "skippable": "diffaccel.search.layers",
     # diffusers decides how to load a third-party component by looking for these names beside its class.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",

@@ -27,6 +27,7 @@ RANK = {
     "evaluate": 5,
     "testing": 5,
     "distillation": 6,
+    "solver_search": 6,
     "cli": 7,
 }
 # Arrows that point down and are forbidden all the same.

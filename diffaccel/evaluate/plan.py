@@ -87,7 +87,7 @@ def open_extractor(used: Settings, sources: dict, device) -> FeatureExtractor:
     """
     options = {"weights": used.weights, "resize": used.filter, "verify": None if used.verify else False}
     if used.features == "auto":
-        name = _fitting(sources)
+        name = fitting_features(sources)
         given = {"weights": used.weights, "filter": used.filter}
         for option in (key for key, value in given.items() if value is not None):
             if {"filter": "resize"}.get(option, option) not in FEATURES[name].options:
@@ -137,7 +137,13 @@ def _spaces(metrics: list[Metric], extractor, used: Settings, sources: dict, dev
     return {metric.name: opened[metric.space] for metric in metrics}
 
 
-def _fitting(sources: dict) -> str:
+def fitting_features(sources: dict) -> str:
+    """Name of the extractor that suits the sides: what statistics were made with, else by the size of the images.
+
+    Raises:
+        UsageError: statistics of unnamed features.
+        DataError: statistics of a class of somebody's own.
+    """
     for source in sources.values():
         if not isinstance(source, StatisticsSource):
             continue

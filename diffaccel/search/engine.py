@@ -1,6 +1,7 @@
 """What every search strategy works with: candidates, their scores, and a budget of evaluations."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -75,7 +76,7 @@ class Search(Generic[Candidate]):
         self.random = np.random.default_rng(seed)
         self.archive: list[Evaluated[Candidate]] = []
         self.facts: dict[str, float] = {}
-        self._score, self._known = score, {}
+        self._score, self._known, self._kinds = score, {}, {}
 
     @property
     def remaining(self) -> int:
@@ -98,6 +99,30 @@ class Search(Generic[Candidate]):
         """Whether the candidate was scored."""
         return self.space.key(candidate) in self._known
 
-    def best(self, count: int = 1) -> list[Evaluated[Candidate]]:
-        """The best so far, best first; of equals the earlier."""
-        return sorted(self.archive, key=lambda one: one.score)[:count]
+    def best(self, count: int = 1, alike: int | None = None) -> list[Evaluated[Candidate]]:
+        """The best so far, best first; of equals the earlier.
+
+        Args:
+            count: how many, at most.
+            alike: of candidates that differ in real numbers only, at most so many; None for no limit.
+        """
+        ranked = sorted(self.archive, key=lambda one: one.score)
+        if alike is None:
+            return ranked[:count]
+        found, taken = [], Counter()
+        for one in ranked:
+            if len(found) == count:
+                break
+            kind = self.kind(one.candidate)
+            taken[kind] += 1
+            if taken[kind] <= alike:
+                found.append(one)
+        return found
+
+    def kind(self, candidate: Candidate) -> str:
+        """What candidates that differ in real numbers only have in common."""
+        key = self.space.key(candidate)
+        if key not in self._kinds:
+            ones = np.ones_like(self.space.vector(candidate))
+            self._kinds[key] = self.space.key(self.space.with_vector(candidate, ones))
+        return self._kinds[key]

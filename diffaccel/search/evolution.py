@@ -4,6 +4,8 @@ import numpy as np
 
 from .engine import Search
 
+_ALIKE = 4  # parents that differ in real numbers only: more would crowd out all other decisions
+
 
 def evolution(
     search: Search, evaluations: int, parents: int = 16, batch: int = 16, crossing: float = 0.3, fresh: float = 0.05
@@ -20,7 +22,7 @@ def evolution(
     """
     while evaluations > 0 and search.remaining > 0:
         wanted = min(batch, evaluations, search.remaining)
-        children = offspring(search, wanted, [one.candidate for one in search.best(parents)], crossing, fresh)
+        children = offspring(search, wanted, [one.candidate for one in search.best(parents, _ALIKE)], crossing, fresh)
         if not children:
             return
         search.evaluate(children, "evolution")

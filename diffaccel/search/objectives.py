@@ -6,10 +6,8 @@ from collections.abc import Callable
 import torch
 
 from ..core.errors import UsageError
-from ..core.grids import make_grid
-from ..samplers.deis import deis_plan
 from ..samplers.searched import PlanFile
-from .subjects import Subject
+from .subjects import Subject, fine_plan
 
 
 class Objective(ABC):
@@ -46,7 +44,7 @@ class Trajectory(Objective):
 
     def prepare(self, subject, seed, count):
         if (seed, count) not in self._targets:
-            fine = subject.file(fine_plan(subject, self.fine_steps))
+            fine = subject.file(fine_plan(subject.schedule, self.fine_steps))
             self._targets[seed, count] = subject.draw(fine, seed, count)
 
     def score(self, subject, file, seed, count):
@@ -72,8 +70,3 @@ class Samples(Objective):
     def score(self, subject, file, seed, count):
         drawn = (subject.images if self.decoded else subject.draw)(file, seed, count)
         return float(self.measure(drawn))
-
-
-def fine_plan(subject: Subject, steps: int):
-    """A plan of so many steps that another solver would end at the same place."""
-    return deis_plan(make_grid(subject.schedule, steps, "quadratic"), 2)

@@ -29,19 +29,13 @@ def polish(search: Search, evaluations: int, first_step: float = 0.1) -> None:
     """
     tuned: set[str] = set()
     while evaluations > 0 and search.remaining > 0:
-        start = next((one for one in search.best(len(search.archive)) if _kind(search, one) not in tuned), None)
+        start = next((one for one in search.best(len(search.archive)) if search.kind(one.candidate) not in tuned), None)
         if start is None or not math.isfinite(start.score):
             return
-        tuned.add(_kind(search, start))
+        tuned.add(search.kind(start.candidate))
         before = len(search.archive)
         _Descent(search, start, min(evaluations, search.remaining)).run(first_step)
         evaluations -= len(search.archive) - before
-
-
-def _kind(search: Search, one: Evaluated) -> str:
-    """What of a candidate tuning does not change."""
-    space = search.space
-    return space.key(space.with_vector(one.candidate, np.ones_like(space.vector(one.candidate))))
 
 
 class _Descent:
@@ -80,7 +74,6 @@ class _Descent:
     def _slope(self, x: np.ndarray, value: float) -> np.ndarray | None:
         """Forward differences; backward for numbers that are at their limit. None when the budget is spent."""
         probes = x + _PROBE * np.eye(len(x))
-        space = self.search.space
         for index in range(len(x)):
             if abs(self._place(probes[index])[index] - x[index]) < 0.5 * _PROBE:
                 probes[index, index] = x[index] - _PROBE

@@ -1,23 +1,28 @@
 """One search from hand-set seeds to a validated plan."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ..core.errors import NumericalError, UsageError, unknown
 from ..core.processes import Processes
+from ..core.schedule import Flow
 from ..core.versions import library_versions
 from ..samplers.searched import PlanFile
 from ..samplers.usf import SolverSchedule
 from .dynamic import trajectory_times
 from .engine import Search
 from .evolution import evolution
+from .joint import JointSpace
 from .journal import Journal
+from .layers import LayerSpace
 from .objectives import Objective
 from .polish import polish
 from .s3 import s3
-from .seeds import RULES, hand_set
+from .seeds import PLANNED, hand_set
 from .space import GENES, SolverSpace
 from .subjects import Subject
 
@@ -47,12 +52,18 @@ class Outcome:
         seed: the best hand-set schedule.
         improved: whether ``best`` was found by the search.
         file: of ``best``, with the record of the search.
+        finalists: what was compared on fresh noise, with all its scores.
+        history: (origin, score) of every candidate in the order of evaluation.
+        subject: the model.
     """
 
     best: Scored
     seed: Scored
     improved: bool
     file: PlanFile
+    finalists: list[Scored]
+    history: list[tuple[str, float]]
+    subject: Subject
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,9 @@ class Settings:
         validation: samples of each of the two fresh draws; None for four times ``samples``.
         seed: of the search and of the noise.
         genes: what of a schedule may be searched, of `space.GENES`.
+        skip_layers: most of a network call, by its cost, that may be left out, in [0, 1); what is saved is spent on more
+            calls, so that a run costs ``nfe`` whole calls at most. 0 leaves nothing out.
+        skip_scaling: also scale the features that a U-Net's way up takes over from its way down.
 
     Raises:
         UsageError: a number out of range, an unknown strategy.
@@ -93,8 +107,12 @@ class Settings:
     validation: int | None = None
     seed: int = 0
     genes: tuple[str, ...] = GENES
+    skip_layers: float = 0.0
+    skip_scaling: bool = False
 
     def __post_init__(self):
+        if not 0.0 <= self.skip_layers < 1.0:
+            raise UsageError(f"skip_layers must lie in [0, 1); got {self.skip_layers!r}.")
         if self.strategy not in STRATEGIES:
             raise unknown("search strategy", self.strategy, STRATEGIES)
         for name in ("nfe", "samples", "evaluations"):
@@ -105,6 +123,10 @@ class Settings:
             raise UsageError("The budget of a search is either a number of evaluations or a time.")
         if self.seconds is not None and not 0.0 < self.seconds < math.inf:
             raise UsageError(f"The time of a search must be above 0 seconds; got {self.seconds!r}.")
+
+    def identity(self) -> dict:
+        """What scores and their order depend on, as JSON types."""
+        return {**asdict(self), "genes": list(self.genes)}
 
     @property
     def fresh(self) -> int:
@@ -136,12 +158,21 @@ class SolverSearch:
         self.subject, self.objective, self.settings = subject, objective, settings
         self.journal = journal or Journal(None, {})
         self.processes = processes or Processes("cpu", together=False)
-        self.space = SolverSpace(
-            subject.schedule, settings.nfe, ("times",) if settings.strategy == "times" else settings.genes
-        )
+        self.space = self._space()
         self._tell, self._stage, self._started = tell, "seeds", time.monotonic()
         self._search: Search | None = None
         self.spent = 0  # network calls times samples
+
+    def _space(self) -> SolverSpace | JointSpace:
+        settings, schedule = self.settings, self.subject.schedule
+        genes = ("times",) if settings.strategy == "times" else settings.genes
+        self.solvers = SolverSpace(schedule, math.floor(settings.nfe / (1.0 - settings.skip_layers) + 1e-9), genes)
+        if not settings.skip_layers and not settings.skip_scaling:
+            return self.solvers
+        shares, scaling = self.subject.shares(), settings.skip_scaling
+        return JointSpace(
+            self.solvers, LayerSpace(shares, self.solvers.nfe, settings.nfe, settings.skip_layers, scaling)
+        )
 
     def run(self) -> Outcome:
         """Search, choose on fresh noise, and compare with the best hand-set schedule on noise that is fresh again.
@@ -180,45 +211,55 @@ class SolverSearch:
             fresh = 2.0 * settings.fresh / settings.samples * (_FINALISTS + _RIVALS) * each
             left = settings.seconds - (time.monotonic() - self._started) - fresh
             count = self.processes.gather_json(int(left / max(each, 1e-6)))[0]
-            self.evaluations = int(self.journal.settle("evaluations", count))
-            if self.evaluations < 1:
+            if count < 1 and "evaluations" not in self.journal.facts:
                 raise UsageError(
                     f"The budget of {settings.seconds:.0f} s is too small: hand-set schedules and validation alone take "
                     f"{settings.seconds - left:.0f} s, one evaluation {each:.2g} s; allow more time or fewer samples."
                 )
+            self.evaluations = int(self.journal.settle("evaluations", count))
         else:
             self.evaluations = settings.evaluations
 
     def _explored(self, seeds: Sequence[Scored]) -> Search:
         settings = self.settings
-        starts = [seed.file.decisions for seed in seeds if seed.file.decisions is not None]
         search = self._search = Search(
-            self.space, self._score_schedules, self.evaluations, settings.seed, lambda search: self._report()
+            self.space, self._score_candidates, self.evaluations, settings.seed, lambda search: self._report()
         )
         self._stage = "dynamic programme"
-        planned = [
-            rule.decide(self._planned_times(later), bool(self.space._pinned))
-            for later in _LATER
-            for rule in (RULES[0], RULES[3], RULES[11])
-        ]
+        starts = [*self._hand_starts(seeds), *self._planned_starts()]
+        starts += [self.solvers.skipping(one, True) for one in starts[:_SKIPPING]]
         self._stage = settings.strategy
-        starts = [
-            self.space.settled(self.space.axis.of(one.times), one.steps, one.end, one.skip_first) for one in starts
-        ]
-        free = [self.space.skipping(one, True) for one in starts[:_SKIPPING]]
-        search.evaluate([*starts, *planned, *free], "seeds")
+        search.evaluate([self._candidate(one, search) for one in starts], "seeds")
         share = int((1.0 - _POLISHED) * search.remaining)
         (s3 if settings.strategy == "s3" else evolution)(search, share)
         self._stage = "polish"
         polish(search, search.remaining)
         return search
 
-    def _planned_times(self, later: float) -> tuple[float, ...]:
-        key = f"times {later}"
-        if key not in self.journal.facts:
-            times = trajectory_times(self.subject, self.settings.nfe, self.settings.seed, later=later)
-            self.journal.settle(key, list(times))
-        return self.space.axis.times(self.space.axis.of(self.journal.facts[key]))
+    def _hand_starts(self, seeds: Sequence[Scored]) -> list[SolverSchedule]:
+        """The best hand-set schedules, with as many calls as the space has."""
+        labels = [seed.label for seed in seeds]
+        files = {seed.label: seed.file for seed in seeds}
+        if self.solvers.nfe != self.settings.nfe:
+            files = dict(hand_set(self.subject, self.solvers.nfe))
+        found = [files[label].decisions for label in labels if label in files]
+        return [self.solvers.nearest(one) for one in found if one is not None]
+
+    def _planned_starts(self) -> list[SolverSchedule]:
+        """Good rules at the times that dynamic programming finds."""
+        found, axis = [], self.solvers.axis
+        for later in _LATER:
+            key = f"times {later}"
+            if key not in self.journal.facts:
+                times = trajectory_times(self.subject, self.solvers.nfe, self.settings.seed, later=later)
+                self.journal.settle(key, list(times))
+            times = axis.times(axis.of(self.journal.facts[key]))
+            found += [rule.decide(times, isinstance(self.subject.schedule, Flow)) for rule in PLANNED]
+        return found
+
+    def _candidate(self, schedule: SolverSchedule, search: Search):
+        """The candidate to start from: where layers are searched, with random ones left out."""
+        return (schedule, self.space.layers.draw(search.random)) if self.space is not self.solvers else schedule
 
     def _finalists(self, search: Search, seeds: Sequence[Scored]) -> list[Scored]:
         """The best candidates and the best hand-set schedules, on fresh noise."""
@@ -243,7 +284,11 @@ class SolverSearch:
         file = PlanFile(
             best.file.plan, best.file.decisions, best.file.scheduler, self._record(search, best, seed, improved)
         )
-        return Outcome(Scored(best.label, file, best.scores), seed, improved, file)
+        shown = {id(one.file): one for one in [*finalists, *contenders]}
+        history = [(one.origin, one.score) for one in search.archive]
+        return Outcome(
+            Scored(best.label, file, best.scores), seed, improved, file, list(shown.values()), history, self.subject
+        )
 
     def _on_fresh_noise(self, entries: Sequence[Scored], stage: str, draw: int) -> list[Scored]:
         settings = self.settings
@@ -263,7 +308,8 @@ class SolverSearch:
             "scores": best.scores,
             "seed_schedule": {"label": seed.label, "scores": seed.scores},
             "strategy": settings.strategy,
-            "genes": list(self.space.genes),
+            "genes": list(self.solvers.genes),
+            "layers": self._layers_record(best),
             "samples": {"search": settings.samples, "selection": settings.fresh, "validation": settings.fresh},
             "noise_seeds": {
                 "search": settings.seed,
@@ -275,11 +321,18 @@ class SolverSearch:
             "versions": library_versions(),
         }
 
-    def _file(self, schedule: SolverSchedule) -> PlanFile:
-        return self.subject.file(schedule.compile(self.subject.schedule), schedule)
+    def _layers_record(self, best: Scored) -> dict | None:
+        """What leaving layers out saves; None where nothing is left out."""
+        if not best.file.layers:
+            return None
+        return {"calls": best.file.plan.nfe, "cost_in_whole_calls": self.space.layers.cost(best.file.layers)}
 
-    def _score_schedules(self, schedules: Sequence[SolverSchedule]) -> list[float]:
-        return self._scores([self._file(one) for one in schedules], self.settings.seed, self.settings.samples)
+    def _file(self, candidate) -> PlanFile:
+        schedule, layers = (candidate, {}) if self.space is self.solvers else candidate
+        return self.subject.file(schedule.compile(self.subject.schedule), schedule, layers=layers)
+
+    def _score_candidates(self, candidates: Sequence) -> list[float]:
+        return self._scores([self._file(one) for one in candidates], self.settings.seed, self.settings.samples)
 
     def _scores(self, files: Sequence[PlanFile], seed: int, count: int) -> list[float]:
         """Scores of plans on one noise; known ones from the journal, the others shared among the processes."""
@@ -327,6 +380,4 @@ def fresh_seed(seed: int, draw: int) -> int:
 
 
 def _digest(file: PlanFile) -> str:
-    import hashlib
-
-    return hashlib.sha256(file.plan.to_json().encode()).hexdigest()[:24]
+    return hashlib.sha256((file.plan.to_json() + json.dumps(file.layers, sort_keys=True)).encode()).hexdigest()[:24]

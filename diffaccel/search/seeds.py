@@ -95,6 +95,7 @@ RULES = (
     HandSet("rho-kutta", {}),
     HandSet("rho-rk4", {}),
 )  # fmt: skip
+PLANNED = (RULES[0], RULES[3], RULES[11])  # that times found otherwise are tried with
 _POWERS = (
     {"grid": "fast", "grid_power": 1.5},
     {"grid": "fast", "grid_power": 2.0},

@@ -195,6 +195,10 @@ class SolverSpace:
         steps = [_canonical(step, index, index == last) for index, step in enumerate(steps)]
         return SolverSchedule(times, tuple(steps), end if end == 0.0 else self._end(end, times[-1]), skip_first)
 
+    def nearest(self, candidate: SolverSchedule) -> SolverSchedule:
+        """The candidate as this space writes it, with the number of calls of this space."""
+        return self.settled(self.axis.of(candidate.times), candidate.steps, candidate.end, candidate.skip_first)
+
     def skipping(self, candidate: SolverSchedule, skip_first: bool) -> SolverSchedule:
         """The candidate without a network call at its first time and one more time, or the other way round."""
         wanted = skip_first and "skip-first" in self.open

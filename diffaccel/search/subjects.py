@@ -1,19 +1,24 @@
 """What is searched for: a denoiser, or any diffusers pipeline as it is."""
 
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from ..core.errors import UsageError
+from ..core.grids import make_grid
 from ..core.prediction import convert
 from ..core.rng import KeyedRandom
 from ..core.schedule import NoiseSchedule, from_diffusers
-from ..models.denoiser import Denoiser
+from ..models.denoiser import Denoiser, Guided
+from ..samplers.deis import deis_plan
 from ..samplers.plan import Plan, Row, Run
 from ..samplers.searched import PlanFile, SearchedScheduler, model_config
+from .layers import bypass, network_of, skip_layers, skippable
 
 Watch = Callable[[Row, torch.Tensor, torch.Tensor], None]  # (row, network input, output in the row's quantity)
 
@@ -24,10 +29,12 @@ class Subject(ABC):
     Attributes:
         schedule: noise schedule of the model.
         config: what a plan file keeps of the configuration of the model's scheduler.
+        evaluations: network evaluations per call and sample, 2 with a guidance pair.
     """
 
     schedule: NoiseSchedule
     config: Mapping
+    evaluations: int = 1
 
     @abstractmethod
     def draw(self, file: PlanFile, seed: int, count: int, watch: Watch | None = None) -> torch.Tensor:
@@ -48,9 +55,18 @@ class Subject(ABC):
     def fingerprint(self) -> str:
         """A hash of the weights."""
 
+    @abstractmethod
+    def shares(self) -> dict[str, float]:
+        """Layers of the network that may be left out, with their shares of its cost; see `layers.skippable`."""
+
     def file(self, plan: Plan, decisions=None, **more) -> PlanFile:
         """A plan file for this model."""
         return PlanFile(plan, decisions, self.config, **more)
+
+
+def fine_plan(schedule: NoiseSchedule, steps: int) -> Plan:
+    """A plan of so many steps, dense at the clean end, that another solver would end at the same place."""
+    return deis_plan(make_grid(schedule, steps, "quadratic"), 2)
 
 
 class DenoiserSubject(Subject):
@@ -72,6 +88,7 @@ class DenoiserSubject(Subject):
     ):
         self.denoiser, self.schedule, self.config = denoiser, denoiser.schedule, model_config(config)
         self.conditions, self.batch_size = conditions, batch_size
+        self.evaluations = 2 if isinstance(denoiser, Guided) and denoiser.scale != 1.0 else 1
 
     @torch.no_grad()
     def draw(self, file, seed, count, watch=None):
@@ -82,7 +99,8 @@ class DenoiserSubject(Subject):
             x = x * (self.schedule.initial_scale * file.plan.initial)
             condition, run = self.conditions(start, number), Run(file.plan)
             for row in file.plan.rows:
-                x0 = self.denoiser(x, torch.full((number,), row.t, dtype=torch.float64), condition)
+                with self._without(file.layers, run):
+                    x0 = self.denoiser(x, torch.full((number,), row.t, dtype=torch.float64), condition)
                 output = convert(x0.float(), x, "sample", row.quantity, row.alpha, row.sigma)
                 if watch:
                     watch(row, x, output)
@@ -90,8 +108,14 @@ class DenoiserSubject(Subject):
             parts.append(x)
         return torch.cat(parts)
 
+    def _without(self, layers: Mapping, run: Run):
+        return bypass(self.denoiser.net, layers, lambda: run.index) if layers else nullcontext()
+
     def fingerprint(self) -> str:
         return fingerprint(self.denoiser)
+
+    def shares(self) -> dict[str, float]:
+        return skippable(self.denoiser.net)
 
 
 class PipelineSubject(Subject):
@@ -127,6 +151,34 @@ class PipelineSubject(Subject):
             if name not in self._accepted or name in ("num_inference_steps", "generator", "latents", "noise"):
                 raise UsageError(f"A search cannot pass {name!r} to {type(pipe).__name__}.")
 
+    @functools.cached_property
+    def evaluations(self) -> int:
+        """Network evaluations per call and sample, counted in a run of one sample."""
+        rows = []
+
+        def count(network, args, kwargs):
+            given = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+            rows.append(len(given))
+
+        handle = network_of(self.pipe).register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            self._drawn(self.file(fine_plan(self.schedule, 2)), 0, 1, None, None)
+        finally:
+            handle.remove()
+        return round(sum(rows) / 2)
+
+    def check_conditions(self) -> None:
+        """Refuse a pipeline that needs prompts and was given none.
+
+        Raises:
+            UsageError: saying how.
+        """
+        given = {*self.conditions[0], *self.settings}
+        if "prompt" in self._accepted and not given & {"prompt", "prompt_embeds"}:
+            raise UsageError(
+                f'{type(self.pipe).__name__} needs prompts: pass conditions=[{{"prompt": "a cat"}}, …], or --prompts FILE.'
+            )
+
     def draw(self, file, seed, count, watch=None):
         return self._drawn(file, seed, count, watch, None)[0]
 
@@ -141,13 +193,14 @@ class PipelineSubject(Subject):
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.scheduler = scheduler
         try:
-            for start in range(0, count, self.batch_size):
-                number = min(self.batch_size, count - start)
-                scheduler.watch, scheduler.last = watch, None
-                result = self.pipe(**self._arguments(file, seed, start, number, output_type))
-                states.append(scheduler.last.float().cpu())
-                if output_type:
-                    outputs.append(torch.as_tensor(result[0]).float().cpu())
+            with skip_layers(self.pipe, file.layers) if file.layers else nullcontext():
+                for start in range(0, count, self.batch_size):
+                    number = min(self.batch_size, count - start)
+                    scheduler.watch, scheduler.last = watch, None
+                    result = self.pipe(**self._arguments(file, seed, start, number, output_type))
+                    states.append(scheduler.last.float().cpu())
+                    if output_type:
+                        outputs.append(torch.as_tensor(result[0]).float().cpu())
         finally:
             self.pipe.scheduler = own
             if bar is not None:
@@ -172,8 +225,11 @@ class PipelineSubject(Subject):
         }
 
     def fingerprint(self) -> str:
-        network = next(getattr(self.pipe, name) for name in ("unet", "transformer") if getattr(self.pipe, name, None))
-        return fingerprint(network)
+        return fingerprint(network_of(self.pipe))
+
+    def shares(self) -> dict[str, float]:
+        once = self.file(fine_plan(self.schedule, 2))
+        return skippable(network_of(self.pipe), lambda: self._drawn(once, 0, 1, None, None))
 
 
 class _Recording(SearchedScheduler):
