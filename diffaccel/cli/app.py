@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import DiffaccelError
-from . import calibrate, compare, demo, distill, environment, evaluate, listing, sample, train
+from . import calibrate, compare, demo, distill, environment, evaluate, listing, sample, search, train
 
 app = typer.Typer(
     name="diffaccel",
@@ -44,6 +44,7 @@ app.command(name="distill")(distill.distill)
 app.command(name="train")(train.train)
 app.command(name="sample")(sample.sample)
 app.command(name="calibrate")(calibrate.calibrate)
+app.command(name="search")(search.search)
 app.add_typer(evaluate.app)
 app.add_typer(compare.app)
 app.command(name="list")(listing.show)

@@ -128,6 +128,17 @@ def _divergences():
     return [{"name": d.name, "character": d.character} for d in DIVERGENCES.values()]
 
 
+def _search(registry: str):
+    """Rows of one of the tables of `solver_search`."""
+
+    def rows():
+        from .. import solver_search
+
+        return [{"name": name, "what": what} for name, what in getattr(solver_search, registry).items()]
+
+    return rows
+
+
 _KINDS = {
     "samplers": _samplers,
     "grids": _grids,
@@ -137,6 +148,9 @@ _KINDS = {
     "divergences": _divergences,
     "teachers": _teachers,
     "recipes": _recipes,
+    "objectives": _search("OBJECTIVES"),
+    "strategies": _search("STRATEGIES"),
+    "decisions": _search("DECISIONS"),
     "metrics": _metrics,
     "features": _features,
     "filters": _filters,

@@ -26,6 +26,13 @@ def sample(
         int | None,
         typer.Option(help="In place of --steps: a budget of network evaluations, guidance pairs counted as two."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="A plan of `diffaccel search`, in place of --sampler and --steps; at its guidance scale.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,6 +80,8 @@ def sample(
 
     - `diffaccel sample digits --nfe 16 --sampler ghvb --set ghvb_order=2.3 --guidance-scale 5 --grid digits.png`
 
+    - `diffaccel sample digits --plan plan.json --num 1000 --output samples/`
+
     - `diffaccel sample runs/my-run/final --num 1000 --output samples/`
 
     - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
@@ -93,6 +102,9 @@ def sample(
         raise UsageError(f"--grid writes PNG files; got {grid.name}.")
     if steps is not None and nfe is not None:
         raise UsageError("Give either --steps or --nfe, not both.")
+    own = {"--steps": steps, "--nfe": nfe, "--sampler": sampler}
+    if plan is not None and (given := [name for name, value in own.items() if value is not None]):
+        raise UsageError(f"A plan brings its own sampler and steps: leave out {given[0]}, or --plan.")
     wanted, options = _classes(classes), settings(overrides, sampler, guidance)
     from ..models.teachers import read_index, resolve_teacher
 
@@ -109,9 +121,12 @@ def sample(
     from ..evaluate.sources import LABELS_FILE
     from ..generation import generate
 
-    started = time.monotonic()
+    started, drawn_from = time.monotonic(), model
+    if plan is not None:
+        drawn_from, steps, scale = _planned(model, plan, device)
+        guidance_scale = scale if guidance is None and guidance_scale is None else guidance_scale
     drawn = generate(
-        model,
+        drawn_from,
         num,
         steps=steps,
         sampler=sampler,
@@ -144,7 +159,10 @@ def sample(
     cost = {"steps": drawn.steps, "nfe": drawn.nfe}
     if named:
         rule = {"guidance": guidance or "cfg", "guidance_scale": drawn.scale, "set": overrides or []}
-        facts = {"settings": {"model": model, "sampler": sampler, **cost, **rule, "seed": seed}, "labels": named}
+        facts = {
+            "settings": {"model": model, "sampler": sampler or (plan and str(plan)), **cost, **rule, "seed": seed},
+            "labels": named,
+        }
         write_atomic(output / LABELS_FILE, json.dumps(facts) + "\n")
     result = {"images": written, "seconds": round(time.monotonic() - started, 2), **cost}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
@@ -158,6 +176,24 @@ def sample(
         )
         if output is not None and sys.stderr.isatty():
             note(f"Next: diffaccel evaluate fid {output} digits")
+
+
+def _planned(model: str, path: Path, device: str | None) -> tuple:
+    """The pipeline with a plan, its number of network calls, and the guidance scale at which it was searched."""
+    import torch
+
+    from ..models.teachers import load_pipeline
+    from ..samplers.searched import PlanFile
+    from ..search.layers import apply_plan
+
+    file, pipe = PlanFile.load(path), load_pipeline(model)
+    apply_plan(pipe, file)
+    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        scale = float(file.record["asked"]["call"]["guidance_scale"])
+    except (KeyError, TypeError, ValueError):  # searched without, or a record of somebody's own
+        scale = None
+    return pipe, file.plan.nfe, scale
 
 
 def check_output(folder: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from .engine import Search
 
+_MISSES = 100  # children in a row that are known already, after which a space counts as used up
 _ALIKE = 4  # parents that differ in real numbers only: more would crowd out all other decisions
 
 
@@ -32,17 +33,17 @@ def evolution(
 def offspring(search: Search, count: int, parents: list, crossing: float = 0.3, fresh: float = 0.05) -> list:
     """As many new candidates, none evaluated before and none twice; fewer where the space is used up."""
     space, random = search.space, search.random
-    found, tries = {}, 0
-    while len(found) < count and tries < 40 * count:
-        tries += 1
+    found, misses = {}, 0
+    while len(found) < count and misses < _MISSES:
+        misses += 1
         if not parents or random.random() < fresh:
             child = space.draw(random)
         elif len(parents) > 1 and random.random() < crossing:
             child = space.cross(*(parents[_early(len(parents), random)] for _ in range(2)), random)
         else:
             child = space.mutate(parents[_early(len(parents), random)], random)
-        if not search.knows(child):
-            found.setdefault(space.key(child), child)
+        if not search.knows(child) and space.key(child) not in found:
+            found[space.key(child)], misses = child, 0
     return list(found.values())
 
 

@@ -55,9 +55,5 @@ class JointSpace:
         return self.solvers.with_vector(candidate[0], vector), candidate[1]
 
     def tokens(self, candidate: Joint) -> np.ndarray:
-        """Steps of the schedule, each with the layers of its call; a step without one has the whole network."""
-        steps, layers = self.solvers.tokens(candidate[0]), self.layers.tokens(candidate[1])
-        whole = np.zeros((len(steps), layers.shape[1]))
-        for call, row in enumerate(layers):
-            whole[candidate[0].node_of_call(call)[0]] = row
-        return np.concatenate([steps, whole], axis=1)
+        """Network calls of the schedule, each with what it leaves out."""
+        return np.concatenate([self.solvers.tokens(candidate[0]), self.layers.tokens(candidate[1])], axis=1)

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from ..core.errors import DataError, UsageError
 
@@ -38,8 +39,8 @@ class Journal:
             self._append({"settings": settings})
 
     def add(self, key: str, score: float) -> None:
-        """Write a score down; it is on the disk when this returns."""
-        self.scores[key] = score
+        """Write a score down; it is on the disk when this returns. Scores that are not finite count as infinite."""
+        self.scores[key] = score if math.isfinite(score) else math.inf
         if self.path is not None:
             self._append({"key": key, "score": score if math.isfinite(score) else None})
 
@@ -52,9 +53,13 @@ class Journal:
         return self.facts[name]
 
     def _append(self, entry: Mapping) -> None:
+        line = json.dumps(entry) + "\n"
+        self._write("ab", lambda file: file.write(line.encode()))
+
+    def _write(self, mode: str, change: Callable[[BinaryIO], object]) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            with open(self.path, mode) as file:
+                change(file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -68,18 +73,18 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the machine stopped is dropped
         try:
             lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-            found = lines[0]["settings"]
+            found = dict(lines[0]["settings"])
             for line in lines[1:]:
                 if "fact" in line:
                     self.facts[line["fact"]] = line["value"]
                 else:
-                    self.scores[line["key"]] = math.inf if line["score"] is None else float(line["score"])
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+                    score = math.inf if line["score"] is None else float(line["score"])
+                    self.scores[line["key"]] = score if math.isfinite(score) else math.inf
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path} is not the journal of a search: {error!r}.") from None
         changed = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {found.get(key)!r} and is {settings.get(key)!r}" for key in sorted(changed))
             raise UsageError(f"{self.path} belongs to a search with other settings: {listed}.")
         if len(whole) < len(data):
-            with open(self.path, "rb+") as file:
-                file.truncate(len(whole))
+            self._write("rb+", lambda file: file.truncate(len(whole)))

@@ -21,36 +21,49 @@ class Objective(ABC):
     name: str
     unit: str
 
-    def prepare(self, subject: Subject, seed: int, count: int) -> None:
-        """Do once what scores of samples from this noise need; calls for the same noise may repeat."""
-
     @abstractmethod
     def score(self, subject: Subject, file: PlanFile, seed: int, count: int) -> float:
         """The score of a plan on ``count`` samples from this noise."""
 
 
-class Trajectory(Objective):
+class Paired(Objective):
+    """A distance between a plan's samples and those of the model's own fine trajectory from the same noise.
+
+    A distance to a fixed reference has a floor, that of the sample's own deviation from its distribution, which a search
+    learns to cancel; here it is the same on both sides. Needs no data.
+
+    Args:
+        distance: (samples, samples of the fine trajectory) → score; both (count, …) float32 on the CPU.
+        name, unit: see `Objective`.
+        decoded: give it images in [−1, 1] in place of final states, where these are latents.
+        fine_steps: network calls of the fine trajectory, DEIS of the third order on a grid that is dense at the clean end.
+    """
+
+    def __init__(self, distance, name: str, unit: str, decoded: bool = False, fine_steps: int = 100):
+        self.distance, self.name, self.unit, self.decoded = distance, name, unit, decoded
+        self.fine_steps = fine_steps
+        self._targets: dict[tuple[int, int], torch.Tensor] = {}
+
+    def score(self, subject, file, seed, count):
+        draw = subject.images if self.decoded else subject.draw
+        if (seed, count) not in self._targets:
+            self._targets[seed, count] = draw(subject.file(fine_plan(subject.schedule, self.fine_steps)), seed, count)
+        return float(self.distance(draw(file, seed, count), self._targets[seed, count]))
+
+
+class Trajectory(Paired):
     """Root mean square distance to where the model's own fine trajectory leads from the same noise. Needs no data.
 
     Args:
         fine_steps: network calls of the fine trajectory, DEIS of the third order on a grid that is dense at the clean end.
     """
 
-    name, unit = "trajectory", "RMSE to the fine trajectory"
+    def __init__(self, fine_steps: int = 100):
+        super().__init__(_rmse, "trajectory", "RMSE to the fine trajectory", fine_steps=fine_steps)
 
-    def __init__(self, fine_steps: int = 200):
-        self.fine_steps = fine_steps
-        self._targets: dict[tuple[int, int], torch.Tensor] = {}
 
-    def prepare(self, subject, seed, count):
-        if (seed, count) not in self._targets:
-            fine = subject.file(fine_plan(subject.schedule, self.fine_steps))
-            self._targets[seed, count] = subject.draw(fine, seed, count)
-
-    def score(self, subject, file, seed, count):
-        self.prepare(subject, seed, count)
-        gap = subject.draw(file, seed, count) - self._targets[seed, count]
-        return float(gap.double().square().mean().sqrt())
+def _rmse(samples: torch.Tensor, fine: torch.Tensor) -> float:
+    return float((samples - fine).double().square().mean().sqrt())
 
 
 class Samples(Objective):

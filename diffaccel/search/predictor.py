@@ -17,9 +17,9 @@ from ..core.errors import UsageError
 from ..core.rng import seeded
 
 _FOLDS = 4
-_BATCH, _ROUNDS, _WIDTH = 128, 160, 48  # of the network
+_BATCH, _ROUNDS, _WIDTH = 96, 120, 40  # of the network
 _GAP = 0.05  # pairs whose ranks differ by less than this share of all teach noise
-_ANCHORS, _TUNING = 200, 40  # examples and rounds that the scales of the process are tuned with
+_ANCHORS, _TUNING = 120, 40  # examples and rounds that the scales of the process are tuned with
 
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:

@@ -5,9 +5,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 
-from ..core.errors import NumericalError, UsageError, unknown
+from ..core.errors import NumericalError, UsageError
 from ..core.processes import Processes
 from ..core.schedule import Flow
 from ..core.versions import library_versions
@@ -20,118 +19,19 @@ from .joint import JointSpace
 from .journal import Journal
 from .layers import LayerSpace
 from .objectives import Objective
+from .outcome import Outcome, Progress, Scored
 from .polish import polish
 from .s3 import s3
 from .seeds import PLANNED, hand_set
-from .space import GENES, SolverSpace
+from .settings import Settings
+from .space import SolverSpace
 from .subjects import Subject
 
-STRATEGIES = ("s3", "evolution", "times")
 _SEEDS_KEPT = 24  # hand-set schedules that are evaluated in full and that the search starts from
 _FINALISTS, _RIVALS = 6, 4  # candidates and hand-set schedules that are compared on fresh noise
 _SKIPPING = 8  # of the best hand-set schedules, tried without their first call and with one more time
 _LATER = (1.0, 1.15)  # of the dynamic programme
-_POLISHED = 0.5  # share of the evaluations
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A plan with what it is called and its scores by stage: "search", "selection", "validation"."""
-
-    label: str
-    file: PlanFile
-    scores: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search found.
-
-    Attributes:
-        best: the plan to use: the searched one, or the best hand-set one where that was not beaten on held-out noise.
-        seed: the best hand-set schedule.
-        improved: whether ``best`` was found by the search.
-        file: of ``best``, with the record of the search.
-        finalists: what was compared on fresh noise, with all its scores.
-        history: (origin, score) of every candidate in the order of evaluation.
-        subject: the model.
-    """
-
-    best: Scored
-    seed: Scored
-    improved: bool
-    file: PlanFile
-    finalists: list[Scored]
-    history: list[tuple[str, float]]
-    subject: Subject
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is told while a search runs: stage, evaluations done and planned, best score so far, facts, seconds left."""
-
-    stage: str
-    done: int
-    planned: int
-    best: float
-    facts: dict[str, float]
-    left: float | None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a search is done.
-
-    Args:
-        nfe: network calls of a run, a guidance pair counted once.
-        strategy: "s3" (evolution guided by a predictor), "evolution", or "times" (evolution of times alone).
-        evaluations: candidates that are scored; None to take as many as ``seconds`` allow.
-        seconds: time for all of it, of which the evaluations are what remains after hand-set schedules and validation.
-        samples: per candidate.
-        validation: samples of each of the two fresh draws; None for four times ``samples``.
-        seed: of the search and of the noise.
-        genes: what of a schedule may be searched, of `space.GENES`.
-        skip_layers: most of a network call, by its cost, that may be left out, in [0, 1); what is saved is spent on more
-            calls, so that a run costs ``nfe`` whole calls at most. 0 leaves nothing out.
-        skip_scaling: also scale the features that a U-Net's way up takes over from its way down.
-
-    Raises:
-        UsageError: a number out of range, an unknown strategy.
-    """
-
-    nfe: int
-    strategy: str = "s3"
-    evaluations: int | None = 1000
-    seconds: float | None = None
-    samples: int = 256
-    validation: int | None = None
-    seed: int = 0
-    genes: tuple[str, ...] = GENES
-    skip_layers: float = 0.0
-    skip_scaling: bool = False
-
-    def __post_init__(self):
-        if not 0.0 <= self.skip_layers < 1.0:
-            raise UsageError(f"skip_layers must lie in [0, 1); got {self.skip_layers!r}.")
-        if self.strategy not in STRATEGIES:
-            raise unknown("search strategy", self.strategy, STRATEGIES)
-        for name in ("nfe", "samples", "evaluations"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        if (self.evaluations is None) == (self.seconds is None):
-            raise UsageError("The budget of a search is either a number of evaluations or a time.")
-        if self.seconds is not None and not 0.0 < self.seconds < math.inf:
-            raise UsageError(f"The time of a search must be above 0 seconds; got {self.seconds!r}.")
-
-    def identity(self) -> dict:
-        """What scores and their order depend on, as JSON types."""
-        return {**asdict(self), "genes": list(self.genes)}
-
-    @property
-    def fresh(self) -> int:
-        """Samples of a fresh draw."""
-        return self.validation or 4 * self.samples
+_POLISHED = 0.25  # share of the evaluations
 
 
 class SolverSearch:

@@ -13,18 +13,20 @@ from .engine import Candidate, Search
 from .evolution import offspring
 from .predictor import RankingPredictor, kendall_tau
 
+_ALIKE = 4  # parents that differ in real numbers only, as in `evolution`
+
 
 def s3(
     search: Search,
     evaluations: int,
     *,
-    batch: int = 16,
-    first: int = 32,
+    batch: int = 12,
+    first: int = 24,
     plain: float = 0.25,
     parents: int = 16,
-    generations: int = 10,
+    generations: int = 6,
     children: int = 100,
-    apart: float = 0.2,
+    apart: float = 0.05,
 ) -> None:
     """Search in stages until the evaluations are spent or nothing new is found.
 
@@ -60,7 +62,7 @@ def s3(
         mutants = offspring(search, 2 * wanted, _best(search, parents))
         chosen += [one for one in mutants if space.key(one) not in taken][: wanted - len(chosen)]
         if not chosen:
-            return
+            break
         predicted = predictor.predict([space.tokens(one) for one in chosen])
         ahead.append(kendall_tau(predicted, search.evaluate(chosen, "s3")))
         search.facts |= {"kendall_tau_ahead": float(np.mean(ahead))}
@@ -73,7 +75,7 @@ def _wanted(search: Search, end: int, most: int) -> int:
 
 
 def _best(search: Search, count: int) -> list:
-    return [one.candidate for one in search.best(count)]
+    return [one.candidate for one in search.best(count, _ALIKE)]
 
 
 def _evolved(search: Search, predictor: RankingPredictor, parents: int, generations: int, children: int) -> list:

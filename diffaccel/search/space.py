@@ -1,6 +1,5 @@
 """The space of solver schedules with a given number of network calls."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from ..core.errors import UsageError, unknown
 from ..core.schedule import Flow, NoiseSchedule, VPLinear
 from ..samplers.multistep import QUANTITIES
-from ..samplers.usf import CORRECTORS, MAX_ORDER, RELAXATIONS, TAYLOR_VARIABLES, Decision, SolverSchedule
+from ..samplers.usf import CORRECTORS, RELAXATIONS, TAYLOR_VARIABLES, Decision, SolverSchedule
 
 # Decisions by the names that --fix takes, in the order of the published tables.
 GENES = (
@@ -28,6 +27,7 @@ GENES = (
     "end",
 )
 _ORDERS = (0.15, 0.4, 0.35, 0.1)  # how often 1 … 4 are drawn
+_SHOWN = 4  # coefficients of a row that predictors see
 _KNOBS = ("none", "scale")  # relaxations whose strength is a real number to be tuned
 _MAX_CARRY, _STRENGTHS = 0.6, (-0.5, 2.5)
 _REFERENCE = VPLinear(t_min=0.0, t_max=math.inf)
@@ -54,7 +54,10 @@ class Axis:
         """Native times of places, at single precision: what pipelines hand to networks is what was searched."""
         places = torch.from_numpy(np.asarray(places, dtype=np.float64))
         t = places * self.schedule.t_max if self._flow else self.schedule.t_from_rho(_REFERENCE.rho(places**1.75))
-        return tuple(t.float().clamp(self.schedule.t_min, self.schedule.t_max).double().tolist())
+        low, high = self.schedule.t_min, self.schedule.t_max
+        t = torch.where(t - low < 1e-9 * (high - low), low, t).float()
+        t = torch.where(t.double() > high, torch.nextafter(t, t - 1.0), t)  # single precision inside the schedule
+        return tuple(torch.where(t.double() < low, torch.nextafter(t, t + 1.0), t).double().tolist())
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ class SolverSpace:
         object.__setattr__(self, "axis", Axis(self.schedule))
         closed = {"skip-first", "end"} if isinstance(self.schedule, Flow) else set()
         object.__setattr__(self, "open", frozenset(self.genes) - closed)
+        if not self.open:
+            raise UsageError("A search needs something to search: leave more of the schedule open.")
 
     def key(self, candidate: SolverSchedule) -> str:
-        """The schedule as JSON text."""
-        return json.dumps(candidate.to_dict(), sort_keys=True)
+        """The schedule as text, all numbers exact."""
+        return repr(candidate)
 
     def draw(self, random: np.random.Generator) -> SolverSchedule:
         """Random times between even and arbitrary, and mostly one rule for all steps."""
@@ -100,7 +105,7 @@ class SolverSpace:
     def mutate(self, candidate: SolverSchedule, random: np.random.Generator) -> SolverSchedule:
         """One change or a few; of times in proportion to the gap they move into."""
         key, changed = self.key(candidate), candidate
-        for _ in range(50):
+        for _ in range(8):
             for _ in range(1 + random.poisson(1.0)):
                 changed = self._changed(changed, random)
             if self.key(changed) != key:
@@ -139,30 +144,20 @@ class SolverSpace:
         return self.settled(places, steps, candidate.end, candidate.skip_first)
 
     def tokens(self, candidate: SolverSchedule) -> np.ndarray:
-        """One row per step: where it starts, how long it is, and what it does."""
-        places = np.append(self.axis.of(candidate.times) / self.axis.top, 0.0)
-        levels = np.log(self.schedule.rho(torch.tensor(candidate.times, dtype=torch.float64)).clamp(1e-4, 1e4).numpy())
+        """One row per network call: its level, the step after it, and the coefficients of that step.
+
+        Coefficients say how much a decision changes, which its name does not: where two rules hardly differ, so do these.
+        """
+        plan, grid = candidate.compile(self.schedule), candidate.grid(self.schedule)
+        levels = [(row.alpha, row.sigma) for row in plan.rows] + [(grid.alpha[-1], grid.sigma[-1])]
+        angles = [math.atan2(sigma, alpha) for alpha, sigma in levels]
         rows = []
-        for index, step in enumerate(candidate.steps):
-            rows.append(
-                [
-                    places[index],
-                    places[index] - places[index + 1],
-                    np.log(places[index] - places[index + 1] + 1e-3),
-                    levels[index] / 3.0,
-                    *(float(step.order == order) for order in range(1, MAX_ORDER + 1)),
-                    *(float(step.core == name) for name in QUANTITIES),
-                    *(float(step.variable == name) for name in TAYLOR_VARIABLES),
-                    *(float(step.relaxation == name) for name in RELAXATIONS[1:]),
-                    *(float(step.corrector == name) for name in CORRECTORS[1:]),
-                    step.strength - 1.0 if step.relaxation == "scale" else 0.0,
-                    step.carry,
-                    float(step.start - 1),
-                    float(sum(step.points)) - step.order * (step.order - 1) / 2.0 if step.points else 0.0,
-                    float(candidate.skip_first),
-                    math.log1p(100.0 * candidate.end),
-                ]
-            )
+        for index, row in enumerate(plan.rows):
+            step = angles[index] - angles[index + 1] + 1e-6  # 0 between the two calls of an implicit corrector
+            outputs, states = ([*part, *(0.0,) * _SHOWN][:_SHOWN] for part in (row.outputs, row.states))
+            log_rho = math.log(row.sigma / max(row.alpha, 1e-4))
+            scaled = [*(weight / step for weight in outputs), *states[:-1]]
+            rows.append([log_rho / 3.0, angles[index], step, math.log(step + 1e-3), *np.arcsinh(scaled)])
         return np.array(rows)
 
     def settled(
@@ -192,8 +187,9 @@ class SolverSpace:
                 steps.insert(wide + 1, replace(steps[wide], corrector="none"))
         times = self.axis.times(self._apart(np.array(places)))
         last = len(steps) - 1
-        steps = [_canonical(step, index, index == last) for index, step in enumerate(steps)]
-        return SolverSchedule(times, tuple(steps), end if end == 0.0 else self._end(end, times[-1]), skip_first)
+        end = end if end == 0.0 else self._end(end, times[-1])
+        steps = [_canonical(step, index, index == last, end == 0.0) for index, step in enumerate(steps)]
+        return SolverSchedule(times, tuple(steps), end, skip_first)
 
     def nearest(self, candidate: SolverSchedule) -> SolverSchedule:
         """The candidate as this space writes it, with the number of calls of this space."""
@@ -218,8 +214,9 @@ class SolverSpace:
         high = top - gap * np.arange(count)
         low = bottom + gap * np.arange(count)[::-1]
         for index in range(count):
-            ceiling = high[index] if index == 0 else min(high[index], places[index - 1] - gap)
-            places[index] = min(max(places[index], low[index]), ceiling)
+            places[index] = min(max(places[index], low[index]), high[index])
+            if index and places[index - 1] - places[index] < (1.0 - 1e-4) * gap:  # times are rounded
+                places[index] = places[index - 1] - gap
         return places
 
     def _end(self, end: float, last: float) -> float:
@@ -282,26 +279,28 @@ def _calls(steps: Sequence[Decision], skip_first: bool) -> int:
     return len(steps) - skip_first + sum(step.corrector == "implicit" for step in steps)
 
 
-def _canonical(step: Decision, index: int, last: bool) -> Decision:
+def _canonical(step: Decision, index: int, last: bool, clean: bool) -> Decision:
     """The decision without what makes no difference at this place."""
-    if step.start > index + 1:
-        step = replace(step, start=1)
-    order = min(step.order, index + 1)
+    nothing = last and clean and step.variable == "log-rho"  # to expand in: it is infinite at the end
+    order = 1 if nothing else min(step.order, index + 1)
+    start = step.start if order > 1 and step.start <= index + 1 else 1  # of the first order, it would waste a call
     corrector = "none" if last else step.corrector
-    carry = step.carry if index and step.start == 1 else 0.0
+    carry = step.carry if index and start == 1 else 0.0
     points = step.points[: order - 1] if step.points else ()
     points = tuple(min(max(q, n), index) for q, n in enumerate(points, 1))
     if points == (order - 1,) * (order - 1):
         points = ()
-    relaxation, strength = step.relaxation, step.strength
+    variable, relaxation, strength = step.variable, step.relaxation, step.strength
     if order == 1 and corrector == "none":
+        variable, relaxation = "log-rho", "none"
+        if not carry:
+            return Decision()
+    if (variable, relaxation) == ("step", "bh2"):
         relaxation = "none"
     if relaxation not in ("scale", "linear") or (relaxation == "scale" and strength == 1.0):
         strength = 1.0
         relaxation = "none" if relaxation == "scale" else relaxation
-    if order == 1 and corrector == "none" and not carry:
-        return Decision(start=step.start)
-    return Decision(order, step.core, step.variable, step.start, points, relaxation, strength, carry, corrector)
+    return Decision(order, step.core, variable, start, points, relaxation, strength, carry, corrector)
 
 
 def _with_strength(step: Decision, strength: float) -> Decision:

@@ -13,13 +13,17 @@ from ..core.errors import UsageError
 from ..core.grids import make_grid
 from ..core.prediction import convert
 from ..core.rng import KeyedRandom
-from ..core.schedule import NoiseSchedule, from_diffusers
+from ..core.schedule import EDM, Flow, NoiseSchedule, VPDiscrete, from_diffusers
 from ..models.denoiser import Denoiser, Guided
 from ..samplers.deis import deis_plan
 from ..samplers.plan import Plan, Row, Run
 from ..samplers.searched import PlanFile, SearchedScheduler, model_config
 from .layers import bypass, network_of, skip_layers, skippable
 
+_OWN = (  # arguments of pipelines that are the search's to set
+    "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "noise", "batch_size", "return_dict",
+    "num_images_per_prompt", "num_videos_per_prompt",
+)  # fmt: skip
 Watch = Callable[[Row, torch.Tensor, torch.Tensor], None]  # (row, network input, output in the row's quantity)
 
 
@@ -48,7 +52,10 @@ class Subject(ABC):
         """
 
     def images(self, file: PlanFile, seed: int, count: int) -> torch.Tensor:
-        """(count, C, H, W) in [−1, 1]: what the final states look like; the states themselves where they are pixels."""
+        """(count, C, H, W) in [−1, 1]: what the final states look like; the states themselves where they are pixels.
+
+        Of videos all frames, one after the other.
+        """
         return self.draw(file, seed, count)
 
     @abstractmethod
@@ -57,7 +64,11 @@ class Subject(ABC):
 
     @abstractmethod
     def shares(self) -> dict[str, float]:
-        """Layers of the network that may be left out, with their shares of its cost; see `layers.skippable`."""
+        """Layers of the network that may be left out, with their shares of its cost; see `layers.skippable`.
+
+        Raises:
+            UsageError: there are none that are known.
+        """
 
     def file(self, plan: Plan, decisions=None, **more) -> PlanFile:
         """A plan file for this model."""
@@ -74,21 +85,27 @@ class DenoiserSubject(Subject):
 
     Args:
         denoiser: on its device.
-        config: of a scheduler for its noise schedule.
+        config: of a scheduler for its noise schedule; None or {} for what `scheduler_config` makes of that.
         conditions: what sample i is conditioned on, given (start, count); None for no condition.
         batch_size: samples per network call.
+
+    Raises:
+        UsageError: a noise schedule that no pipeline has, see `scheduler_config`.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        config: Mapping,
+        config: Mapping | None = None,
         conditions: Callable[[int, int], Mapping | None] = lambda start, count: None,
         batch_size: int = 256,
     ):
-        self.denoiser, self.schedule, self.config = denoiser, denoiser.schedule, model_config(config)
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.config = model_config(config or scheduler_config(self.schedule))
         self.conditions, self.batch_size = conditions, batch_size
-        self.evaluations = 2 if isinstance(denoiser, Guided) and denoiser.scale != 1.0 else 1
+        guided = isinstance(denoiser, Guided) and denoiser.scale != 1.0 and denoiser.denoiser.null_condition(1)
+        self.evaluations = 2 if guided and conditions(0, 1) is not None else 1
+        self._device = next(iter([*denoiser.parameters(), *denoiser.buffers(), torch.empty(0)])).device
 
     @torch.no_grad()
     def draw(self, file, seed, count, watch=None):
@@ -96,26 +113,33 @@ class DenoiserSubject(Subject):
         for start in range(0, count, self.batch_size):
             number = min(self.batch_size, count - start)
             x = KeyedRandom(seed).normal("search", 0, start, number, self.denoiser.sample_shape)
-            x = x * (self.schedule.initial_scale * file.plan.initial)
+            x = x.to(self._device) * (self.schedule.initial_scale * file.plan.initial)
             condition, run = self.conditions(start, number), Run(file.plan)
             for row in file.plan.rows:
+                t = torch.full((number,), row.t, dtype=torch.float64, device=self._device)
                 with self._without(file.layers, run):
-                    x0 = self.denoiser(x, torch.full((number,), row.t, dtype=torch.float64), condition)
+                    x0 = self.denoiser(x, t, condition)
                 output = convert(x0.float(), x, "sample", row.quantity, row.alpha, row.sigma)
                 if watch:
                     watch(row, x, output)
                 x = run.advance(x, output)
-            parts.append(x)
+            parts.append(x.cpu())
         return torch.cat(parts)
 
     def _without(self, layers: Mapping, run: Run):
-        return bypass(self.denoiser.net, layers, lambda: run.index) if layers else nullcontext()
+        return bypass(self._network(), layers, lambda: run.index) if layers else nullcontext()
+
+    def _network(self) -> torch.nn.Module:
+        denoiser = self.denoiser.denoiser if isinstance(self.denoiser, Guided) else self.denoiser
+        if not hasattr(denoiser, "net"):
+            raise UsageError(f"{type(denoiser).__name__} has no network of which layers could be left out.")
+        return denoiser.net
 
     def fingerprint(self) -> str:
         return fingerprint(self.denoiser)
 
     def shares(self) -> dict[str, float]:
-        return skippable(self.denoiser.net)
+        return skippable(self._network())
 
 
 class PipelineSubject(Subject):
@@ -124,8 +148,8 @@ class PipelineSubject(Subject):
     Args:
         pipe: any pipeline for VP, EDM or flow models; its scheduler is as it was after every call.
         conditions: arguments that differ from sample to sample, such as [{"prompt": "a cat"}, {"prompt": "a dog"}]; sample
-            i gets the (i mod number)-th. All have the same names.
-        settings: arguments that do not differ, such as {"guidance_scale": 5.0, "height": 512}.
+            i gets the (i mod number)-th; tensors are those of one sample. All have the same names.
+        settings: arguments that do not differ, such as {"guidance_scale": 5.0, "height": 512}; texts are for every sample.
         batch_size: samples per call.
 
     Raises:
@@ -148,7 +172,7 @@ class PipelineSubject(Subject):
                 "The conditions of a search must be given for all samples, and with the same names for all."
             )
         for name in (*self.conditions[0], *self.settings):
-            if name not in self._accepted or name in ("num_inference_steps", "generator", "latents", "noise"):
+            if name not in self._accepted or name in _OWN:
                 raise UsageError(f"A search cannot pass {name!r} to {type(pipe).__name__}.")
 
     @functools.cached_property
@@ -184,33 +208,40 @@ class PipelineSubject(Subject):
 
     def images(self, file, seed, count):
         images = self._drawn(file, seed, count, None, "pt")[1]
+        images = images.flatten(0, -4)
         return images if type(self.pipe).__name__ == "ClassConditionalPipeline" else images * 2 - 1
 
     def _drawn(self, file, seed, count, watch, output_type):
         scheduler = _Recording.from_config(self.pipe.scheduler.config, plan=file.to_dict())
         own, states, outputs = self.pipe.scheduler, [], []
-        bar = getattr(self.pipe, "_progress_bar_config", None)
+        bar = vars(self.pipe).get("_progress_bar_config")
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.scheduler = scheduler
         try:
             with skip_layers(self.pipe, file.layers) if file.layers else nullcontext():
                 for start in range(0, count, self.batch_size):
                     number = min(self.batch_size, count - start)
-                    scheduler.watch, scheduler.last = watch, None
+                    scheduler.watch, scheduler.count = watch, number
                     result = self.pipe(**self._arguments(file, seed, start, number, output_type))
-                    states.append(scheduler.last.float().cpu())
-                    if output_type:
-                        outputs.append(torch.as_tensor(result[0]).float().cpu())
+                    states.append(scheduler.last.cpu())
+                    if output_type:  # video pipelines return frames where others return a tuple of results
+                        found = result if isinstance(result, torch.Tensor) else result[0]
+                        outputs.append(torch.as_tensor(found).float().cpu())
         finally:
             self.pipe.scheduler = own
-            if bar is not None:
+            if bar is None:
+                del self.pipe._progress_bar_config
+            else:
                 self.pipe._progress_bar_config = bar
         return torch.cat(states), torch.cat(outputs) if outputs else None
 
     def _arguments(self, file, seed, start, number, output_type) -> dict:
         seeds = KeyedRandom(seed).integers("search", 0, start, number, 2**53).tolist()
         indices = [(start + i) % len(self.conditions) for i in range(number)]
-        arguments = {name: [self.conditions[i][name] for i in indices] for name in self.conditions[0]}
+        arguments = {name: _batch([self.conditions[i][name] for i in indices]) for name in self.conditions[0]}
+        for name, value in self.settings.items():
+            if ("prompt" in name and isinstance(value, str)) or (name == "class_labels" and isinstance(value, int)):
+                arguments[name] = [value] * number
         if "batch_size" in self._accepted and not arguments:
             arguments["batch_size"] = number
         wanted = output_type or ("pt" if type(self.pipe).__name__ == "ClassConditionalPipeline" else "latent")
@@ -233,19 +264,48 @@ class PipelineSubject(Subject):
 
 
 class _Recording(SearchedScheduler):
-    """Tells what it is given, and keeps the last state."""
+    """Tells what it is given, and keeps the last state; of ``count`` samples: with guidance, DiT's states are doubled."""
 
     watch: Watch | None = None
+    count: int | None = None
     last: torch.Tensor | None = None
 
     def step(self, model_output, timestep, sample, *args, **kwargs):
         first = 0 if self._over else self.step_index
         result = super().step(model_output, timestep, sample, *args, **kwargs)
-        self.last = result[0] if isinstance(result, tuple) else result.prev_sample
+        self.last = (result[0] if isinstance(result, tuple) else result.prev_sample)[: self.count].float()
         if self.watch:
             row = self.file.plan.rows[first]
-            self.watch(row, sample.float(), self._run._outputs[0].float())
+            self.watch(row, *(one[: self.count].float() for one in (sample, self._run._outputs[0])))
         return result
+
+
+def scheduler_config(schedule: NoiseSchedule) -> dict:
+    """The configuration of a diffusers scheduler with this noise schedule.
+
+    Raises:
+        UsageError: a schedule in continuous time other than those of flows and EDM.
+    """
+    if isinstance(schedule, Flow):
+        kind = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        return {"num_train_timesteps": schedule.num_train_timesteps, **kind}
+    if isinstance(schedule, EDM):
+        ends = {key: getattr(schedule, key) for key in ("sigma_min", "sigma_max", "sigma_data")}
+        return {"timestep_type": "continuous", **ends}
+    if not isinstance(schedule, VPDiscrete):
+        raise UsageError(
+            f"Schedules are searched for models with the noise of a diffusers pipeline: a table of steps, a flow or EDM; "
+            f"got {type(schedule).__name__}."
+        )
+    table = schedule.alphas_cumprod
+    if torch.equal(table, from_diffusers({}).alphas_cumprod):
+        return {"num_train_timesteps": len(table)}
+    betas = 1.0 - table / torch.cat([table.new_ones(1), table[:-1]])
+    return {"num_train_timesteps": len(table), "trained_betas": betas.tolist()}
+
+
+def _batch(values: list):
+    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def fingerprint(module: torch.nn.Module) -> str:

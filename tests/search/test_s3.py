@@ -10,8 +10,8 @@ import torch
 from diffaccel.search.engine import Search
 from diffaccel.search.s3 import s3
 
-STEPS, KINDS, LEVELS = 4, 3, 9
-KIND, LEVEL = (0, 2, 1, 2), (7, 5, 2, 0)  # the optimum
+STEPS, KINDS, LEVELS = 4, 3, 5
+KIND, LEVEL = (0, 2, 1, 2), (3, 4, 1, 0)  # the optimum
 
 
 class Words:
@@ -38,6 +38,12 @@ class Words:
     def cross(self, one, other, random):
         return tuple(pair[int(random.integers(2))] for pair in zip(one, other, strict=True))
 
+    def vector(self, candidate):
+        return np.zeros(0)
+
+    def with_vector(self, candidate, vector):
+        return candidate
+
     def tokens(self, candidate):
         return np.array([[*np.eye(self.kinds)[kind], level / self.levels] for kind, level in candidate])
 
@@ -53,7 +59,7 @@ def scores(candidates):
     return [score(one) for one in candidates]
 
 
-FAST = {"generations": 5, "children": 50}
+FAST = {"batch": 32, "generations": 4, "children": 50}
 
 
 def searched(evaluations, seed=0, start=3, score=scores, space=None, budget=10_000, **settings):
@@ -75,7 +81,7 @@ def test_the_optimum_is_found():
     for seed in range(10):
         best = searched(120, seed=seed)[0].best()[0]
         found += best.candidate == tuple(zip(KIND, LEVEL, strict=True))
-    assert found >= 9  # of 531,441 candidates
+    assert found >= 9  # of 50,625 candidates
 
 
 @pytest.mark.parametrize("start", [0, 1, 3])
@@ -104,13 +110,13 @@ def test_a_space_may_be_used_up():
 
 
 def test_the_seed_decides_and_global_state_does_not():
-    one, _ = searched(56, seed=5)
+    one, _ = searched(30, seed=5)
     torch.manual_seed(123)
     np.random.seed(7)
-    again, _ = searched(56, seed=5)
+    again, _ = searched(30, seed=5)
     assert [item.candidate for item in one.archive] == [item.candidate for item in again.archive]
     assert one.facts == again.facts
-    assert [item.candidate for item in searched(56, seed=6)[0].archive] != [item.candidate for item in one.archive]
+    assert [item.candidate for item in searched(30, seed=6)[0].archive] != [item.candidate for item in one.archive]
 
 
 def test_it_says_how_well_its_predictor_ranks():
@@ -119,7 +125,6 @@ def test_it_says_how_well_its_predictor_ranks():
     assert -1.0 <= search.facts["kendall_tau_ahead"] <= 1.0
 
 
-def test_children_of_the_best_are_in_every_batch():
-    """With nothing left to the predictor it is an evolution."""
+def test_without_the_predictor_it_is_an_evolution():
     search, calls = searched(48, plain=1.0)
-    assert len(set(calls)) == 51 and search.best()[0].score < search.best(51)[-1].score
+    assert len(set(calls)) == 51 and search.best()[0].score < min(map(score, calls[:3]))
