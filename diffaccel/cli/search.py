@@ -91,9 +91,11 @@ def search(
     alone = processes.rank == 0
 
     def checked() -> dict:
+        from ..models.teachers import resolve_teacher
         from ..solver_search import parse_budget
 
         _check_files(output, resume)
+        resolve_teacher(model)
         parse_budget(budget)
         return {
             "call": _call(overrides, guidance_scale),

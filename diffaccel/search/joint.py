@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..samplers.usf import SolverSchedule
-from .layers import LayerSpace
+from .layer_space import LayerSpace
 from .space import SolverSpace
 
 Joint = tuple[SolverSchedule, Mapping]  # (decisions, layers as in a plan file)

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ..core.errors import NumericalError, UsageError
 from ..core.processes import Processes
@@ -17,7 +18,7 @@ from .engine import Search
 from .evolution import evolution
 from .joint import JointSpace
 from .journal import Journal
-from .layers import LayerSpace
+from .layer_space import LayerSpace, calls_within
 from .objectives import Objective
 from .outcome import Outcome, Progress, Scored
 from .polish import polish
@@ -29,6 +30,7 @@ from .subjects import Subject
 
 _SEEDS_KEPT = 24  # hand-set schedules that are evaluated in full and that the search starts from
 _FINALISTS, _RIVALS = 6, 4  # candidates and hand-set schedules that are compared on fresh noise
+_HAND_SET = "hand-set"
 _SKIPPING = 8  # of the best hand-set schedules, tried without their first call and with one more time
 _LATER = (1.0, 1.15)  # of the dynamic programme
 _POLISHED = 0.25  # share of the evaluations
@@ -66,13 +68,13 @@ class SolverSearch:
     def _space(self) -> SolverSpace | JointSpace:
         settings, schedule = self.settings, self.subject.schedule
         genes = ("times",) if settings.strategy == "times" else settings.genes
-        self.solvers = SolverSpace(schedule, math.floor(settings.nfe / (1.0 - settings.skip_layers) + 1e-9), genes)
         if not settings.skip_layers and not settings.skip_scaling:
+            self.solvers = SolverSpace(schedule, settings.nfe, genes)
             return self.solvers
-        shares, scaling = self.subject.shares(), settings.skip_scaling
-        return JointSpace(
-            self.solvers, LayerSpace(shares, self.solvers.nfe, settings.nfe, settings.skip_layers, scaling)
-        )
+        shares, most = self.subject.shares(), settings.skip_layers
+        self.solvers = SolverSpace(schedule, calls_within(shares, settings.nfe, most), genes)
+        layers = LayerSpace(shares, self.solvers.nfe, settings.nfe, most, settings.skip_scaling)
+        return JointSpace(self.solvers, layers)
 
     def run(self) -> Outcome:
         """Search, choose on fresh noise, and compare with the best hand-set schedule on noise that is fresh again.
@@ -122,19 +124,29 @@ class SolverSearch:
 
     def _explored(self, seeds: Sequence[Scored]) -> Search:
         settings = self.settings
+        self._stage = "dynamic programme"
+        hand = self._hand_starts(seeds)
+        others = self._planned_starts() if "times" in self.solvers.open else []
+        others += [self.solvers.skipping(one, True) for one in [*hand, *others][:_SKIPPING]]
+        self._begin_at(next(iter([*hand, *others]), None))
         search = self._search = Search(
             self.space, self._score_candidates, self.evaluations, settings.seed, lambda search: self._report()
         )
-        self._stage = "dynamic programme"
-        starts = [*self._hand_starts(seeds), *self._planned_starts()]
-        starts += [self.solvers.skipping(one, True) for one in starts[:_SKIPPING]]
         self._stage = settings.strategy
-        search.evaluate([self._candidate(one, search) for one in starts], "seeds")
+        plain = self.space is self.solvers  # where layers are searched, a hand-set schedule without some is a candidate
+        search.evaluate([self._candidate(one, search) for one in hand], _HAND_SET if plain else "start")
+        search.evaluate([self._candidate(one, search) for one in others], "start")
         share = int((1.0 - _POLISHED) * search.remaining)
         (s3 if settings.strategy == "s3" else evolution)(search, share)
         self._stage = "polish"
         polish(search, search.remaining)
         return search
+
+    def _begin_at(self, schedule: SolverSchedule | None) -> None:
+        """What random candidates are made from where not everything is searched."""
+        solvers = replace(self.solvers, like=schedule)
+        self.space = solvers if self.space is self.solvers else replace(self.space, solvers=solvers)
+        self.solvers = solvers
 
     def _hand_starts(self, seeds: Sequence[Scored]) -> list[SolverSchedule]:
         """The best hand-set schedules, with as many calls as the space has."""
@@ -154,7 +166,8 @@ class SolverSearch:
                 times = trajectory_times(self.subject, self.solvers.nfe, self.settings.seed, later=later)
                 self.journal.settle(key, list(times))
             times = axis.times(axis.of(self.journal.facts[key]))
-            found += [rule.decide(times, isinstance(self.subject.schedule, Flow)) for rule in PLANNED]
+            decided = [rule.decide(times, isinstance(self.subject.schedule, Flow)) for rule in PLANNED]
+            found += map(self.solvers.nearest, decided)
         return found
 
     def _candidate(self, schedule: SolverSchedule, search: Search):
@@ -164,9 +177,8 @@ class SolverSearch:
     def _finalists(self, search: Search, seeds: Sequence[Scored]) -> list[Scored]:
         """The best candidates and the best hand-set schedules, on fresh noise."""
         self._stage = "selection"
-        found = [
-            Scored(one.origin, self._file(one.candidate), {"search": one.score}) for one in search.best(_FINALISTS)
-        ]
+        ranked = [one for one in search.best(len(search.archive)) if one.origin != _HAND_SET]
+        found = [Scored(one.origin, self._file(one.candidate), {"search": one.score}) for one in ranked[:_FINALISTS]]
         return self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
 
     def _validated(self, search: Search, finalists: Sequence[Scored], seeds: Sequence[Scored]) -> Outcome:
@@ -177,13 +189,11 @@ class SolverSearch:
         contenders = self._on_fresh_noise([*hand, *([] if winner in hand else [winner])], "validation", 2)
         hand = contenders[: len(hand)]
         seed = min(hand, key=lambda one: one.scores["validation"])
-        best = min([contenders[-1], seed], key=lambda one: one.scores["validation"])
+        best = min([seed, contenders[-1]], key=lambda one: one.scores["validation"])
         improved = best.label not in {one.label for one in hand}
         if not math.isfinite(best.scores["validation"]):
             raise NumericalError("No schedule has a finite score on fresh noise.")
-        file = PlanFile(
-            best.file.plan, best.file.decisions, best.file.scheduler, self._record(search, best, seed, improved)
-        )
+        file = replace(best.file, record=self._record(search, best, seed, improved))
         shown = {id(one.file): one for one in [*finalists, *contenders]}
         history = [(one.origin, one.score) for one in search.archive]
         return Outcome(
@@ -205,8 +215,8 @@ class SolverSearch:
             "unit": self.objective.unit,
             "improved": improved,
             "found_by": best.label,
-            "scores": best.scores,
-            "seed_schedule": {"label": seed.label, "scores": seed.scores},
+            "scores": _finite(best.scores),
+            "seed_schedule": {"label": seed.label, "scores": _finite(seed.scores)},
             "strategy": settings.strategy,
             "genes": list(self.solvers.genes),
             "layers": self._layers_record(best),
@@ -217,6 +227,7 @@ class SolverSearch:
             },
             "cost": {"candidates": len(search.archive), "network_calls_times_samples": self.spent},
             "facts": search.facts,
+            "evaluations_per_call": self.subject.evaluations,
             "model": self.subject.fingerprint(),
             "versions": library_versions(),
         }
@@ -272,6 +283,11 @@ class SolverSearch:
                 left,
             )
         )
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float | None]:
+    """Scores as JSON has them."""
+    return {stage: score if math.isfinite(score) else None for stage, score in scores.items()}
 
 
 def fresh_seed(seed: int, draw: int) -> int:

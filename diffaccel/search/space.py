@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -68,14 +68,16 @@ class SolverSpace:
         schedule: noise schedule of the model.
         nfe: network calls of a run, a guidance pair counted once.
         genes: what may differ from the candidates that a search starts from, of `GENES`.
+        like: what random candidates are made from where not all genes are open.
 
     Raises:
-        UsageError: no call, an unknown gene.
+        UsageError: no call, an unknown gene, or none that is open to this model.
     """
 
     schedule: NoiseSchedule
     nfe: int
     genes: tuple[str, ...] = GENES
+    like: SolverSchedule | None = None
 
     def __post_init__(self):
         if self.nfe < 1:
@@ -88,13 +90,19 @@ class SolverSpace:
         object.__setattr__(self, "open", frozenset(self.genes) - closed)
         if not self.open:
             raise UsageError("A search needs something to search: leave more of the schedule open.")
+        object.__setattr__(self, "_complete", self.open == frozenset(GENES) - closed)
 
     def key(self, candidate: SolverSchedule) -> str:
         """The schedule as text, all numbers exact."""
         return repr(candidate)
 
     def draw(self, random: np.random.Generator) -> SolverSchedule:
-        """Random times between even and arbitrary, and mostly one rule for all steps."""
+        """Random times between even and arbitrary, and mostly one rule for all steps; or many mutations of `like`."""
+        if not self._complete and self.like is not None:
+            candidate = self.like
+            for _ in range(10):
+                candidate = self.mutate(candidate, random)
+            return candidate
         places = np.linspace(1.0, 0.0, self.nfe, endpoint=False)
         places = places + random.uniform(0.0, 1.0) * (np.sort(random.uniform(size=self.nfe))[::-1] - places)
         base, steps = self._decision(random), []
@@ -116,28 +124,37 @@ class SolverSpace:
         """Times of both, mixed or between; decisions of both, mixed step by step or all of one."""
         if len(one.times) != len(other.times):
             return self.mutate(one, random)
-        left, right = self.axis.of(one.times), self.axis.of(other.times)
-        share = random.uniform() if random.random() < 0.5 else (random.random(len(left)) < 0.5).astype(float)
-        places = left + share * (right - left)
-        if random.random() < 0.5:
-            pairs = zip(one.steps, other.steps, strict=True)
-            steps = [pair[int(random.random() < 0.5)] for pair in pairs]
-        else:
-            steps = list((one, other)[int(random.random() < 0.5)].steps)
+        places = self.axis.of(one.times)
+        if "times" in self.open:
+            count = len(places)
+            share = random.uniform() if random.random() < 0.5 else (random.random(count) < 0.5).astype(float)
+            places = places + share * (self.axis.of(other.times) - places)
+        kept = random.random(len(one.steps)) < (0.5 if random.random() < 0.5 else round(random.random()))
+        pairs = zip(one.steps, other.steps, kept, strict=True)
+        steps = [mine if stays else self._taken(mine, theirs) for mine, theirs, stays in pairs]
         return self.settled(places, steps, one.end, one.skip_first)
+
+    def _taken(self, step: Decision, other: Decision) -> Decision:
+        """The other decision in all that is open; unchanged where that would contradict the rest."""
+        if self._complete:
+            return other
+        names = {field.name: "relaxation" if field.name == "strength" else field.name for field in fields(Decision)}
+        try:
+            return replace(step, **{name: getattr(other, name) for name, gene in names.items() if gene in self.open})
+        except UsageError:
+            return step
 
     def vector(self, candidate: SolverSchedule) -> np.ndarray:
         """Places of the times in units of the mean gap, strengths of relaxations, momenta (doubled)."""
         places = self.axis.of(candidate.times) * self.nfe / self.axis.top
-        return np.array(
-            [*places[self._pinned :], *(read(candidate.steps[index]) for index, read, _ in self._knobs(candidate))]
-        )
+        knobs = [read(candidate.steps[index]) for index, read, _ in self._knobs(candidate)]
+        return np.array([*places[self._movable(candidate)], *knobs])
 
     def with_vector(self, candidate: SolverSchedule, vector: np.ndarray) -> SolverSchedule:
         """The candidate with these real numbers, moved to where they are allowed."""
-        count = len(candidate.times) - self._pinned
-        places = self.axis.of(candidate.times)
-        places[self._pinned :] = np.asarray(vector[:count]) * self.axis.top / self.nfe
+        places, movable = self.axis.of(candidate.times), self._movable(candidate)
+        count = len(places[movable])
+        places[movable] = np.asarray(vector[:count]) * self.axis.top / self.nfe
         steps = list(candidate.steps)
         for value, (index, _, put) in zip(vector[count:], self._knobs(candidate), strict=True):
             steps[index] = put(steps[index], float(value))
@@ -199,6 +216,10 @@ class SolverSpace:
         """The candidate without a network call at its first time and one more time, or the other way round."""
         wanted = skip_first and "skip-first" in self.open
         return self.settled(self.axis.of(candidate.times), candidate.steps, candidate.end, wanted)
+
+    def _movable(self, candidate: SolverSchedule) -> slice:
+        """Which times are real numbers of a candidate."""
+        return slice(self._pinned if "times" in self.open else len(candidate.times), None)
 
     @property
     def _pinned(self) -> int:

@@ -39,7 +39,7 @@ def replaced(option: str, value) -> tuple:
         ("at least 2", (*replaced("--nfe", 1), "--guidance-scale", 3)),
         ("or equal to 1", replaced("--samples", 0)),
         ("[0, 1)", (*TO, "--skip-layers", 1)),
-        ("'digits'?", replaced("--model", "digit")),
+        ("'digits'?", (*replaced("--model", "digit")[:-1], "new/plan.json")),
         ("not a device", (*TO, "--device", "abacus")),
         ("cannot pass 'num_steps'", (*TO, "--set", "num_steps=3")),
         ("NAME=VALUE", (*TO, "--set", "eta")),

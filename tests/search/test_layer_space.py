@@ -9,7 +9,8 @@ from networks import tiny_unet
 from pipelines import PIPELINES
 
 from diffaccel.core.errors import DataError, UsageError
-from diffaccel.search.layers import LayerSpace, bodies, check_layers, skippable
+from diffaccel.search.layer_space import LayerSpace
+from diffaccel.search.layers import bodies, check_layers, skippable
 
 SHARES = {"a": 0.05, "b": 0.1, "c": 0.1, "d": 0.2, "e": 0.25, "f": 0.6}
 
