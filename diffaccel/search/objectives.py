@@ -16,10 +16,12 @@ class Objective(ABC):
     Attributes:
         name: as in files and on the command line.
         unit: one line saying what the number is.
+        once: network calls per sample that every new noise costs besides.
     """
 
     name: str
     unit: str
+    once: int = 0
 
     @abstractmethod
     def score(self, subject: Subject, file: PlanFile, seed: int, count: int) -> float:
@@ -41,7 +43,7 @@ class Paired(Objective):
 
     def __init__(self, distance, name: str, unit: str, decoded: bool = False, fine_steps: int = 100):
         self.distance, self.name, self.unit, self.decoded = distance, name, unit, decoded
-        self.fine_steps = fine_steps
+        self.fine_steps = self.once = fine_steps
         self._targets: dict[tuple[int, int], torch.Tensor] = {}
 
     def score(self, subject, file, seed, count):

@@ -30,6 +30,7 @@ from .subjects import Subject
 
 _SEEDS_KEPT = 24  # hand-set schedules that are evaluated in full and that the search starts from
 _FINALISTS, _RIVALS = 6, 4  # candidates and hand-set schedules that are compared on fresh noise
+_OVERHEAD = {"evolution": 0.01, "s3": 0.25, "times": 0.01}  # seconds per candidate besides its samples
 _HAND_SET = "hand-set"
 _SKIPPING = 8  # of the best hand-set schedules, tried without their first call and with one more time
 _LATER = (1.0, 1.15)  # of the dynamic programme
@@ -97,20 +98,22 @@ class SolverSearch:
         order = sorted(range(len(found)), key=lambda index: first[index])[:_SEEDS_KEPT]
         kept = [found[index] for index in order]
         self._stage = "best seeds"
-        began = time.monotonic()
         scores = self._scores([file for _, file in kept], settings.seed, settings.samples)
-        each = (time.monotonic() - began) / max(len(kept), 1)
         if not any(map(math.isfinite, scores)):
             raise NumericalError(f"No hand-set schedule of {settings.nfe} network calls gives a finite score.")
-        self._plan_budget(each)
+        self._plan_budget(kept[0][1])
         ranked = sorted(zip(scores, kept, strict=True), key=lambda pair: pair[0])
         return [Scored(label, file, {"search": score}) for score, (label, file) in ranked]
 
-    def _plan_budget(self, each: float) -> None:
+    def _plan_budget(self, file: PlanFile) -> None:
         settings = self.settings
         if settings.evaluations is None:
+            began = time.monotonic()
+            self._score(file, settings.seed, settings.samples)
+            each = (time.monotonic() - began + _OVERHEAD[settings.strategy]) / self.processes.world
             # The first to time an evaluation decides for all: processes, and searches that are continued.
-            fresh = 2.0 * settings.fresh / settings.samples * (_FINALISTS + _RIVALS) * each
+            plans = _FINALISTS + _RIVALS + self.objective.once / settings.nfe
+            fresh = 2.0 * settings.fresh / settings.samples * plans * each
             left = settings.seconds - (time.monotonic() - self._started) - fresh
             count = self.processes.gather_json(int(left / max(each, 1e-6)))[0]
             if count < 1 and "evaluations" not in self.journal.facts:
@@ -249,8 +252,8 @@ class SolverSearch:
         """Scores of plans on one noise; known ones from the journal, the others shared among the processes."""
         keys = [f"{seed}/{count}/{_digest(file)}" for file in files]
         missing = [i for i, key in enumerate(keys) if key not in self.journal.scores]
-        for start in range(0, len(missing), 16 * self.processes.world):
-            part = missing[start : start + 16 * self.processes.world]
+        for start in range(0, len(missing), self.processes.world):
+            part = missing[start : start + self.processes.world]
             mine = part[self.processes.rank :: self.processes.world]
             scored = self.processes.agree(lambda mine=mine: [self._score(files[i], seed, count) for i in mine])
             for rank, scores in enumerate(self.processes.gather_json(scored)):
