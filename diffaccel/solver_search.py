@@ -127,7 +127,7 @@ def search_schedule(
             calls, strategy, *parse_budget(budget), samples, validation, seed, tuple(genes), skip_layers, skip_scaling
         )
     )
-    asked = _asked(conditions, call, reference)
+    asked = _asked(conditions, call, reference, features)
     journal = processes.agree(lambda: _journal(output, settings, judge, subject, asked, resume, processes))
     known = processes.gather_json([journal.scores, journal.facts])[0]
     journal.scores, journal.facts = known
@@ -233,7 +233,7 @@ def _own_data(model) -> str:
     return info.data
 
 
-def _asked(conditions, call: Mapping | None, reference) -> dict:
+def _asked(conditions, call: Mapping | None, reference, features: str) -> dict:
     """What scores depend on besides settings and model, as JSON types; what is no such type, or long, as its hash."""
 
     def brief(value):
@@ -248,6 +248,7 @@ def _asked(conditions, call: Mapping | None, reference) -> dict:
         return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
     told = {"conditions": brief(conditions), "call": brief(call or {}), "reference": brief(reference)}
+    told["features"] = features
     if len(text := json.dumps(told["conditions"])) > _LONG:
         told["conditions"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return told

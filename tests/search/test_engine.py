@@ -129,9 +129,9 @@ def test_budgets_are_obeyed(name, budget):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_same_seed_same_search(name):
     def archive(seed):
-        search = searched(Box(), square, 50, seed)
+        search = searched(Box(), square, 30, seed)
         search.evaluate([search.space.draw(search.random) for _ in range(6)], "seed")
-        STRATEGIES[name](search, 40)
+        STRATEGIES[name](search, 24)
         return [(one.candidate, one.score) for one in search.archive]
 
     assert archive(1) == archive(1) and archive(1) != archive(2)

@@ -81,7 +81,8 @@ def test_they_are_what_the_schedulers_do(name, nfe):
             scheduler = get_sampler(sampler).build(model.config, **{**rule.options, **grid})
             scheduler.set_timesteps(scheduler.steps_for(nfe))
         expected = sample(network, START, scheduler.current_plan)
-        assert float((sample(network, START, file.plan) - expected).abs().max()) < rounding, label
+        error = (sample(network, START, file.plan) - expected).abs().max() / expected.abs().max()
+        assert float(error) < rounding, label
         if file.decisions is not None:
             decided += 1
             compiled = file.decisions.compile(model.schedule)
@@ -91,7 +92,9 @@ def test_they_are_what_the_schedulers_do(name, nfe):
 
 def test_every_grid_is_tried():
     labels = list(seeds("vp", 5))
-    assert all(any(label.endswith(f"grid={grid}") for label in labels) for grid in GRIDS if grid[:3] != "ays")
+    tried = {grid for grid in GRIDS if any(label.endswith(f"grid={grid}") for label in labels)}
+    # Uniform in log ρ is uniform in the log-SNR; Align Your Steps belong to one kind of model each.
+    assert {grid for grid in GRIDS if grid[:3] != "ays"} - tried == {"log-snr"}
     assert "flow-adams grid=fast grid_power=2.0" in labels
 
 

@@ -70,7 +70,8 @@ from pipelines import PIPELINES, check_close
 import test_solver_search as here
 from diffaccel.samplers.searched import PlanFile, SearchedScheduler
 from diffaccel.search.objectives import Trajectory
-from diffaccel.search.subjects import PipelineSubject
+from diffaccel.search.space import GENES
+from diffaccel.search.subjects import DenoiserSubject, PipelineSubject
 
 found = {}
 for name in here.CASES:
@@ -281,7 +282,7 @@ def test_a_time_is_turned_into_evaluations_once(tmp_path):
 def test_strategies(strategy):
     told = []
     found = searched(strategy=strategy, tell=told.append, budget=70)
-    assert {origin for origin, _ in found.history} <= {"seeds", "starts", strategy, "evolution", "polish"}
+    assert {origin for origin, _ in found.history} <= {"hand-set", "start", strategy, "evolution", "polish"}
     assert [one.done for one in told] == sorted(one.done for one in told) and told[-1].done == len(found.history) <= 70
     assert math.isfinite(told[-1].best) and told[-1].planned == 70
     if strategy == "times":
