@@ -16,7 +16,7 @@ from ..core.config import parse_overrides
 from ..core.errors import DataError, InterruptedRun, UsageError, unknown
 from .output import make_folder, note, table
 
-_BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} candidates{postfix}"
+_BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} schedules{postfix}"
 _EVERY = 30.0  # seconds between lines where there is no terminal
 _model = partial(typer.Option, rich_help_panel="Model and its calls")
 _search = partial(typer.Option, rich_help_panel="Search")
@@ -132,6 +132,10 @@ def search(
                 **arguments,
             )
         if alone:
+            if not quiet and nfe % (each := outcome.subject.evaluations):
+                note(
+                    f"A network call takes {each} evaluations here (guidance): {nfe // each} calls, {nfe % each} unspent."
+                )
             _report(outcome, model, output, time.monotonic() - started, as_json, quiet)
     except (KeyboardInterrupt, SystemExit) as stop:
         raise _stopped(stop, output, alone) from None
@@ -172,7 +176,7 @@ class _Shown:
         now = time.monotonic()
         if progress.stage != self._stage or now - self._told > _EVERY:
             self._stage, self._told = progress.stage, now
-            done = [f"{progress.done} of {progress.planned} candidates"] if progress.planned else []
+            done = [f"{progress.done} of {progress.planned} schedules"] if progress.planned else []
             note(f"{progress.stage}: {', '.join([*done, *facts])}" if done or facts else progress.stage)
 
 

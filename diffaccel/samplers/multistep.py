@@ -140,10 +140,6 @@ class Core:
             return math.atan(rho)
         return rho if variable == "rho" else math.log(rho) if rho > 0.0 else -math.inf
 
-    def limit(self, variable: str) -> float:
-        """The variable at the clean image, as the quadrature sees it."""
-        return float(_variable_of_rho(self.grid, np.zeros(1), variable)[0])
-
     def _quadrature(self, start: float, stop: float, variable: str) -> tuple[np.ndarray, np.ndarray]:
         """Points ρ and signed weights of the integral over one step in the core's own measure."""
         if self.name == "velocity":  # the integrand is smooth in s = ρ/(1+ρ), ends included

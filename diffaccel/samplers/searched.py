@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,7 +153,7 @@ class SearchedScheduler(PlanScheduler):
 
     @classmethod
     def from_file(cls, path, config: Mapping | None = None, **overrides) -> "SearchedScheduler":
-        """Open a plan file.
+        """Open a plan file; with a warning if it also leaves layers out, which takes `apply_plan`.
 
         Args:
             path: of the file.
@@ -166,6 +167,12 @@ class SearchedScheduler(PlanScheduler):
         if not isinstance(config, (Mapping, type(None))):
             raise UsageError(f"Pass pipe.scheduler.config to from_file, not {type(config).__name__}.")
         file = PlanFile.load(path)
+        if file.layers:
+            warnings.warn(
+                f"{path} leaves layers out, which a scheduler cannot do: the whole network will run. "
+                f"Use diffaccel.apply_plan(pipe, {str(path)!r}).",
+                stacklevel=2,
+            )
         return cls.from_config(dict(file.scheduler) if config is None else config, plan=file.to_dict(), **overrides)
 
     def plan(self, grid: Grid) -> Plan:
@@ -251,8 +258,8 @@ def check_levels(plan: Plan, schedule: NoiseSchedule) -> None:
     for row, alpha, sigma in zip(plan.rows, alphas, sigmas, strict=True):
         if not math.isclose(alpha, row.alpha, abs_tol=1e-6) or not math.isclose(sigma, row.sigma, abs_tol=1e-6):
             raise UsageError(
-                f"This plan was searched for another noise schedule: at t = {row.t:g} it expects sigma = {row.sigma:.4g}, "
-                f"this model has {sigma:.4g}."
+                f"This plan was searched for another noise schedule: at t = {row.t:g} it expects alpha, sigma = "
+                f"{row.alpha:.4g}, {row.sigma:.4g}, this model has {alpha:.4g}, {sigma:.4g}."
             )
 
 

@@ -71,8 +71,10 @@ def skippable(network: nn.Module, run: Callable[[], object] | None = None) -> di
             resolution and length of text; None for a UNet2DModel, which is called with zeros.
 
     Raises:
-        UsageError: a network without such bodies, or that ``run`` does not call.
+        UsageError: no network, one without such bodies, or one that ``run`` does not call.
     """
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"skippable looks at a network, such as pipe.unet or pipe.transformer; got {network!r:.80}.")
     names = bodies(network)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (run or _zeros_through(network))()  # fused kernels are not counted on every device

@@ -63,6 +63,7 @@ class SolverSearch:
         self.processes = processes or Processes("cpu", together=False)
         self.space = self._space()
         self._tell, self._stage, self._started = tell, "seeds", time.monotonic()
+        self._explored_from = self._started
         self._search: Search | None = None
         self.spent = 0  # network calls times samples
 
@@ -133,9 +134,9 @@ class SolverSearch:
         others += [self.solvers.skipping(one, True) for one in [*hand, *others][:_SKIPPING]]
         self._begin_at(next(iter([*hand, *others]), None))
         search = self._search = Search(
-            self.space, self._score_candidates, self.evaluations, settings.seed, lambda search: self._report()
+            self.space, self._score_candidates, self.evaluations, settings.seed, lambda _: self._report()
         )
-        self._stage = settings.strategy
+        self._stage, self._explored_from = settings.strategy, time.monotonic()
         plain = self.space is self.solvers  # where layers are searched, a hand-set schedule without some is a candidate
         search.evaluate([self._candidate(one, search) for one in hand], _HAND_SET if plain else "start")
         search.evaluate([self._candidate(one, search) for one in others], "start")
@@ -182,12 +183,15 @@ class SolverSearch:
         self._stage = "selection"
         ranked = [one for one in search.best(len(search.archive)) if one.origin != _HAND_SET]
         found = [Scored(one.origin, self._file(one.candidate), {"search": one.score}) for one in ranked[:_FINALISTS]]
-        return self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
+        scored = self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
+        return [one for one in scored if math.isfinite(one.scores["selection"])]
 
     def _validated(self, search: Search, finalists: Sequence[Scored], seeds: Sequence[Scored]) -> Outcome:
         """The winner against all hand-set schedules among the finalists, on noise that nothing was chosen by."""
         self._stage = "validation"
         hand = [one for one in finalists if one.label in {seed.label for seed in seeds}]
+        if not hand:
+            raise NumericalError("No hand-set schedule has a finite score on fresh noise.")
         winner = min(finalists, key=lambda one: one.scores["selection"])
         contenders = self._on_fresh_noise([*hand, *([] if winner in hand else [winner])], "validation", 2)
         hand = contenders[: len(hand)]
@@ -259,33 +263,29 @@ class SolverSearch:
             for rank, scores in enumerate(self.processes.gather_json(scored)):
                 for i, score in zip(part[rank :: self.processes.world], scores, strict=True):
                     self.journal.add(keys[i], math.inf if score is None else score)
-            self._report()
+            self._report(start + len(part), len(missing))
         self.spent += count * sum(file.plan.nfe for file in files)
         return [self.journal.scores[key] for key in keys]
 
     def _score(self, file: PlanFile, seed: int, count: int) -> float | None:
         try:
             score = self.objective.score(self.subject, file, seed, count)
-        except (NumericalError, ArithmeticError):
+        except NumericalError:
             return None
         return score if math.isfinite(score) else None
 
-    def _report(self) -> None:
+    def _report(self, scored: int = 0, wanted: int = 0) -> None:
+        """Tell the progress: of the search while it runs, of the plans of a stage before and after."""
         search = self._search
-        done, best = (len(search.archive), search.best()) if search else (0, [])
-        planned = getattr(self, "evaluations", 0)
-        seconds = time.monotonic() - self._started
-        left = None if not done else seconds / done * max(planned - done, 0)
-        self._tell(
-            Progress(
-                self._stage,
-                done,
-                planned,
-                best[0].score if best else math.inf,
-                dict(search.facts) if search else {},
-                left,
-            )
-        )
+        best = search.best() if search else []
+        if self._stage in (self.settings.strategy, "polish"):
+            scored, wanted = len(search.archive), self.evaluations
+        left = None
+        if search and search.archive:
+            pace = (time.monotonic() - self._explored_from) / len(search.archive)
+            left = pace * max(self.evaluations - len(search.archive), 0)
+        score, facts = best[0].score if best else math.inf, dict(search.facts) if search else {}
+        self._tell(Progress(self._stage, scored, wanted, score, facts, left))
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:

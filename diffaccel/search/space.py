@@ -11,6 +11,7 @@ from ..core.errors import UsageError, unknown
 from ..core.schedule import Flow, NoiseSchedule, VPLinear
 from ..samplers.multistep import QUANTITIES
 from ..samplers.usf import CORRECTORS, RELAXATIONS, TAYLOR_VARIABLES, Decision, SolverSchedule
+from .tokens import tokens
 
 # Decisions by the names that --fix takes, in the order of the published tables.
 GENES = (
@@ -27,7 +28,6 @@ GENES = (
     "end",
 )
 _ORDERS = (0.15, 0.4, 0.35, 0.1)  # how often 1 … 4 are drawn
-_SHOWN = 4  # coefficients of a row that predictors see
 _KNOBS = ("none", "scale")  # relaxations whose strength is a real number to be tuned
 _MAX_CARRY, _STRENGTHS = 0.6, (-0.5, 2.5)
 _REFERENCE = VPLinear(t_min=0.0, t_max=math.inf)
@@ -161,21 +161,8 @@ class SolverSpace:
         return self.settled(places, steps, candidate.end, candidate.skip_first)
 
     def tokens(self, candidate: SolverSchedule) -> np.ndarray:
-        """One row per network call: its level, the step after it, and the coefficients of that step.
-
-        Coefficients say how much a decision changes, which its name does not: where two rules hardly differ, so do these.
-        """
-        plan, grid = candidate.compile(self.schedule), candidate.grid(self.schedule)
-        levels = [(row.alpha, row.sigma) for row in plan.rows] + [(grid.alpha[-1], grid.sigma[-1])]
-        angles = [math.atan2(sigma, alpha) for alpha, sigma in levels]
-        rows = []
-        for index, row in enumerate(plan.rows):
-            step = angles[index] - angles[index + 1] + 1e-6  # 0 between the two calls of an implicit corrector
-            outputs, states = ([*part, *(0.0,) * _SHOWN][:_SHOWN] for part in (row.outputs, row.states))
-            log_rho = math.log(row.sigma / max(row.alpha, 1e-4))
-            scaled = [*(weight / step for weight in outputs), *states[:-1]]
-            rows.append([log_rho / 3.0, angles[index], step, math.log(step + 1e-3), *np.arcsinh(scaled)])
-        return np.array(rows)
+        """One row per network call, see `tokens.tokens`."""
+        return tokens(candidate, self.schedule).numpy()
 
     def settled(
         self, places: np.ndarray, steps: Sequence[Decision], end: float = 0.0, skip_first: bool = False

@@ -163,6 +163,8 @@ class PipelineSubject(Subject):
         settings: Mapping | None = None,
         batch_size: int = 64,
     ):
+        if isinstance(conditions, (str, Mapping)) or not all(isinstance(one, Mapping) for one in conditions):
+            raise UsageError(f'Conditions are a list such as [{{"prompt": "a cat"}}, …]; got {conditions!r:.80}.')
         self.pipe, self.conditions, self.settings = pipe, [dict(one) for one in conditions], dict(settings or {})
         self.batch_size = batch_size
         self.schedule, self.config = from_diffusers(pipe.scheduler), model_config(pipe.scheduler.config)

@@ -146,4 +146,4 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
         for done in range(0, 11, 5):
             shown(Progress("s3", done, 10, 0.25, {}, 3661.0))
     text = capsys.readouterr().err
-    assert "\n" not in text.strip() and "10/10 candidates" in text and "1:01:01 left" in text and "best 0.25" in text
+    assert "\n" not in text.strip() and "10/10 schedules" in text and "1:01:01 left" in text and "best 0.25" in text

@@ -12,7 +12,9 @@ from diffaccel.core.schedule import from_diffusers
 from diffaccel.samplers.registry import SAMPLERS
 
 VP = [name for name, case in PIPELINES.items() if case.family == "vp"]
-CLASSES = [name for name in diffaccel.__all__ if name.endswith("Scheduler") and name != "SearchedScheduler"]  # has a plan
+CLASSES = [
+    name for name in diffaccel.__all__ if name.endswith("Scheduler") and name != "SearchedScheduler"
+]  # has a plan
 STEPS = 4
 
 

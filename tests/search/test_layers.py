@@ -19,8 +19,8 @@ from diffaccel.core.errors import UsageError
 from diffaccel.core.schedule import from_diffusers
 from diffaccel.samplers.searched import PlanFile, SearchedScheduler, model_config
 from diffaccel.samplers.usf import Decision, SolverSchedule
+from diffaccel.search.layer_space import LayerSpace
 from diffaccel.search.layers import (
-    LayerSpace,
     apply_plan,
     bodies,
     bypass,
