@@ -7,7 +7,7 @@ predictor errs.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -89,18 +89,23 @@ def _ranked(search: Search, predictor: RankingPredictor, candidates: list) -> li
     return [candidates[index] for index in np.argsort(predictions, kind="stable")]
 
 
-def _different(search: Search, candidates: Iterable, count: int, radii: np.ndarray) -> Sequence:
-    """The first candidates of which none is a near-copy of an earlier one, and few differ in real numbers only."""
-    chosen, known, kinds = [], [], Counter()
+def _different(search: Search, candidates: Iterable, count: int, radii: np.ndarray) -> list:
+    """The first candidates of which none is a near-copy of an earlier one, and few differ in real numbers only.
+
+    Where there are not enough of them, the first of the others that are no near-copies follow.
+    """
+    chosen, others, known, kinds = [], [], [], Counter()
     for one in candidates:
         if len(chosen) == count:
             break
+        tokens = search.space.tokens(one) / radii
+        if any(other.shape == tokens.shape and np.square(tokens - other).mean() <= 1.0 for other in known):
+            continue
         kind = search.kind(one)
         if kinds[kind] == _TOGETHER:
+            others.append(one)
             continue
-        tokens = search.space.tokens(one) / radii
-        if all(other.shape != tokens.shape or np.square(tokens - other).mean() > 1.0 for other in known):
-            chosen.append(one)
-            known.append(tokens)
-            kinds[kind] += 1
-    return chosen
+        chosen.append(one)
+        known.append(tokens)
+        kinds[kind] += 1
+    return [*chosen, *others[: count - len(chosen)]]

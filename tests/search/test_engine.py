@@ -106,7 +106,7 @@ def test_of_one_kind_at_most_so_many():
 
 STRATEGIES = {
     "evolution": evolution,
-    "s3": functools.partial(s3, generations=2, children=20),
+    "s3": functools.partial(s3, screened=40),
     "polish": polish,
 }
 
