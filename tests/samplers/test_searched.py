@@ -24,6 +24,7 @@ from diffaccel.samplers.sample import sample
 from diffaccel.samplers.searched import PlanFile, SearchedScheduler, model_config
 from diffaccel.samplers.usf import Decision, SolverSchedule
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*leaves layers out")  # its plans do, for what is read and written
 STEPS = (
     Decision(), Decision(2, "velocity", "angle", corrector="implicit"), Decision(3, "data", corrector="pseudo"),
     Decision(2, start=2, relaxation="bh1"), Decision(2, "noise", "t", carry=0.1),
@@ -357,3 +358,9 @@ def _places(content, *path):
     for key, value in items:
         yield (*path, key)
         yield from _places(value, *path, key)
+
+
+def test_a_scheduler_alone_leaves_no_layers_out_and_says_so(tmp_path):
+    FILE.save(tmp_path / "plan.json")
+    with pytest.warns(UserWarning, match=r"leaves layers out.*diffaccel.apply_plan"):
+        SearchedScheduler.from_file(tmp_path / "plan.json")

@@ -398,3 +398,8 @@ def test_digits():
     hook.remove()
     whole = pipe([3, 7], noise=noise, num_inference_steps=4, output_type="pt").images
     assert (whole - images).abs().max() > 1e-3
+
+
+def test_skippable_looks_at_networks():
+    with pytest.raises(UsageError, match=r"such as pipe\.unet"):
+        skippable(diffaccel.load_pipeline("digits"))

@@ -305,3 +305,33 @@ def test_the_pipeline_is_as_it_was(folder):
     with pytest.raises(UsageError, match="at least 2, the evaluations of one call"):
         search_schedule(pipe, 1, conditions=PROMPTS, call=CASES["sd"][2], **TINY)
     assert pipe.scheduler is scheduler and isinstance(outcome("sd", folder).subject, PipelineSubject)
+
+
+def test_the_user_s_own_errors_are_not_bad_scores():
+    def broken(states):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        searched(objective=broken)
+
+
+@pytest.mark.parametrize("conditions", ["a cat", {"prompt": "a cat"}, ["a cat"]])
+def test_conditions_are_a_list_of_arguments(conditions):
+    with pytest.raises(UsageError, match="Conditions are a list such as"):
+        search_schedule(pipeline("sd"), 2, conditions=conditions)
+
+
+def test_hand_set_schedules_that_fail_on_fresh_noise_are_no_standard():
+    """Where others have a finite score, one that has none is not what the winner is compared with."""
+
+    class Fresh(Trajectory):
+        def score(self, subject, file, seed, count):
+            score = super().score(subject, file, seed, count)
+            return math.nan if seed == search_run.fresh_seed(0, 1) and file.decisions in self.failing else score
+
+    objective = Fresh(FINE)
+    objective.failing = ()
+    first = searched(objective=objective, budget=20)
+    objective.failing = (first.seed.file.decisions,)
+    second = searched(objective=objective, budget=20)
+    assert second.seed.file.decisions != first.seed.file.decisions and math.isfinite(second.seed.scores["selection"])
