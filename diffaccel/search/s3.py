@@ -7,7 +7,7 @@ predictor errs.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,23 +89,20 @@ def _ranked(search: Search, predictor: RankingPredictor, candidates: list) -> li
     return [candidates[index] for index in np.argsort(predictions, kind="stable")]
 
 
-def _different(search: Search, candidates: Iterable, count: int, radii: np.ndarray) -> list:
+def _different(search: Search, candidates: Sequence, count: int, radii: np.ndarray) -> list:
     """The first candidates of which none is a near-copy of an earlier one, and few differ in real numbers only.
 
     Where there are not enough of them, the first of the others that are no near-copies follow.
     """
-    chosen, others, known, kinds = [], [], [], Counter()
-    for one in candidates:
-        if len(chosen) == count:
-            break
-        tokens = search.space.tokens(one) / radii
-        if any(other.shape == tokens.shape and np.square(tokens - other).mean() <= 1.0 for other in known):
-            continue
-        kind = search.kind(one)
-        if kinds[kind] == _TOGETHER:
-            others.append(one)
-            continue
-        chosen.append(one)
-        known.append(tokens)
-        kinds[kind] += 1
-    return [*chosen, *others[: count - len(chosen)]]
+    chosen, known, kinds = [], [], Counter()
+    for together in (_TOGETHER, math.inf):
+        for one in candidates:
+            if len(chosen) == count:
+                return chosen
+            tokens, kind = search.space.tokens(one) / radii, search.kind(one)
+            near = any(other.shape == tokens.shape and np.square(tokens - other).mean() <= 1.0 for other in known)
+            if not near and kinds[kind] < together:
+                chosen.append(one)
+                known.append(tokens)
+                kinds[kind] += 1
+    return chosen
