@@ -9,23 +9,14 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from diffaccel.core.rng import KeyedRandom
+from diffaccel.models.data import stratified_fifth
 
 TARGET = Path(__file__).parents[1] / "diffaccel/models/assets/digits/data.npz"
-
-
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """Boolean mask (N,) of the held-out fifth of each class."""
-    mask = np.zeros(len(labels), dtype=bool)
-    for digit in range(10):
-        members = np.flatnonzero(labels == digit)
-        order = KeyedRandom(0).permutation("digits-split", digit, len(members)).numpy()
-        mask[members[order[: len(members) // 5]]] = True
-    return mask
 
 
 if __name__ == "__main__":
     digits = load_digits()
     labels = digits.target.astype(np.uint8)
-    np.savez_compressed(TARGET, levels=digits.images.astype(np.uint8), labels=labels, held_out=held_out(labels))
-    print(f"{TARGET}: {len(labels)} images, {int(held_out(labels).sum())} held out, {TARGET.stat().st_size} bytes")
+    mask = stratified_fifth(labels, "digits-split")
+    np.savez_compressed(TARGET, levels=digits.images.astype(np.uint8), labels=labels, held_out=mask)
+    print(f"{TARGET}: {len(labels)} images, {int(mask.sum())} held out, {TARGET.stat().st_size} bytes")

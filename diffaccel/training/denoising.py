@@ -1,4 +1,4 @@
-"""Trains a class-conditional diffusion model from scratch: the recipe of the embedded teachers."""
+"""Trains a class-conditional diffusion model from scratch: the recipe of the embedded pixel teachers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from ..core.grids import make_grid
 from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
-from ..models.data import load_digits
+from ..models.data import load_labelled
+from ..models.denoiser import NetworkDenoiser
 from ..models.pipeline import ClassConditionalPipeline
 from ..models.unet2d import UNet2DDenoiser
-from ..samplers.deis import deis_plan
-from ..samplers.sample import sample
 from ..samplers.scheduler import DEISScheduler
 from .method import Draw, Loss, Method, Phase
 
+CLASSES = 10
 
-class DigitsDenoising(Method):
+
+class Denoising(Method):
     """Mean squared error of the network's own prediction type at stratified times, classes dropped for guidance."""
 
     main_role = "model"
@@ -27,12 +27,14 @@ class DigitsDenoising(Method):
     @dataclass
     class Config:
         """Attributes:
-        channels: widths of the two resolutions 8×8 and 4×4; attention at 4×4.
+        data: the labelled images, see `models.data.LABELLED`.
+        channels: widths of the resolutions, each half the one before; attention at the lowest.
         prediction_type: what the network predicts.
         null_probability: share of samples trained with the null class.
         sampling_steps: steps of the pictures and the default of the exported pipeline.
         """
 
+        data: str = "digits"
         channels: tuple[int, ...] = (16, 32)
         prediction_type: str = "v_prediction"
         null_probability: float = 0.1
@@ -40,23 +42,29 @@ class DigitsDenoising(Method):
 
     def __init__(self, config: Config, seed: int):
         self.config = config
-        self.scheduler = DEISScheduler(prediction_type=config.prediction_type, timestep_spacing="trailing")
-        with seeded(seed):
-            net = UNet2DModel(
-                sample_size=8,
-                in_channels=1,
-                out_channels=1,
-                layers_per_block=1,
-                block_out_channels=config.channels,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=16,
-                norm_num_groups=8,
-                num_class_embeds=11,
-            )
-        self.roles = {"model": UNet2DDenoiser(net, from_diffusers(self.scheduler), config.prediction_type)}
-        images, self.labels = load_digits("train")
+        images, self.labels = load_labelled(config.data)
         self.images = to_unit_range(images)
+        with seeded(seed):
+            self.roles = {"model": self._build()}
+
+    def _build(self) -> NetworkDenoiser:
+        """A fresh model; sets `scheduler`, what the exported pipeline draws with."""
+        config = self.config
+        self.scheduler = DEISScheduler(prediction_type=config.prediction_type, timestep_spacing="trailing")
+        plain = len(config.channels) - 1
+        net = UNet2DModel(
+            sample_size=self.images.shape[-1],
+            in_channels=self.images.shape[1],
+            out_channels=self.images.shape[1],
+            layers_per_block=1,
+            block_out_channels=config.channels,
+            down_block_types=(*("DownBlock2D",) * plain, "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *("UpBlock2D",) * plain),
+            attention_head_dim=16,
+            norm_num_groups=8,
+            num_class_embeds=CLASSES + 1,
+        )
+        return UNet2DDenoiser(net, from_diffusers(self.scheduler), config.prediction_type)
 
     def to(self, device):
         self.images, self.labels = self.images.to(device), self.labels.to(device)
@@ -65,21 +73,23 @@ class DigitsDenoising(Method):
         return [Phase("denoise", ("model",))]
 
     def loss(self, phase: Phase, draw: Draw) -> Loss:
-        model: UNet2DDenoiser = self.roles["model"]
+        model: NetworkDenoiser = self.roles["model"]
         index = draw.integers("data", len(self.images))
         dropped = draw.uniform("null") < self.config.null_probability
-        labels = torch.where(dropped, model.num_classes, self.labels[index])
+        labels = torch.where(dropped, CLASSES, self.labels[index])
         t = model.schedule.time(draw.stratified("time"))
         eps = draw.normal("eps", model.sample_shape)
         return Loss(model.denoising_error(self.images[index], t, eps, {"class_labels": labels}).mean())
 
-    def samples(self, model: UNet2DDenoiser, random: KeyedRandom) -> torch.Tensor:
-        """Ten of each class with the recipe's sampler, one class a row."""
-        levels = make_grid(model.schedule, self.config.sampling_steps)
-        labels = torch.arange(100).to(self.images.device) // 10
-        noise = random.normal("picture", 0, 0, 100, model.sample_shape).to(self.images.device)
-        return sample(model, noise, deis_plan(levels, degree=2), {"class_labels": labels})
+    def samples(self, model: NetworkDenoiser, random: KeyedRandom) -> torch.Tensor:
+        """Ten of each class, one class a row, drawn as the exported pipeline draws."""
+        pipeline = self._pipeline(model)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = random.normal("picture", 0, 0, 100, model.sample_shape)
+        return pipeline(class_labels=torch.arange(100) // CLASSES, noise=noise, output_type="pt").images
 
-    def export(self, model: UNet2DDenoiser, folder: Path) -> None:
-        pipeline = ClassConditionalPipeline(model.net, self.scheduler, self.config.sampling_steps)
-        pipeline.save_pretrained(folder)
+    def export(self, model: NetworkDenoiser, folder: Path) -> None:
+        self._pipeline(model).save_pretrained(folder)
+
+    def _pipeline(self, model: NetworkDenoiser) -> ClassConditionalPipeline:
+        return ClassConditionalPipeline(model.net, self.scheduler, self.config.sampling_steps)

@@ -4,7 +4,9 @@ from ..core.errors import unknown
 from ..core.lazy import load_object
 
 METHODS = {
-    "digits-denoising": "diffaccel.training.denoising:DigitsDenoising",
+    "denoising": "diffaccel.training.denoising:Denoising",
+    "emoji-autoencoding": "diffaccel.training.autoencoding:EmojiAutoencoding",
+    "emoji-contrast": "diffaccel.training.contrast:EmojiContrast",
     "digits-classifier": "diffaccel.training.classification:DigitsClassification",
 }
 
