@@ -23,7 +23,7 @@ from .guidance.levels import level_of
 from .guidance.registry import build_rule
 from .guidance.rules import CFG, COND, UNCOND, CFGPlusPlus, Rule
 from .models.teachers import load_pipeline
-from .models.unet2d import num_classes, sample_shape
+from .models.pixel import num_classes, sample_shape
 from .samplers.registry import get_sampler
 
 
@@ -178,7 +178,7 @@ def _check_fit(rule: Rule, pipeline, by_name: bool) -> None:
         raise UsageError("This model has no classes, so there is nothing to guide it by; leave guidance out.")
     for extra in map(rule.extra, sorted(rule.requires - {COND, UNCOND})):
         if extra.network is not None:
-            weak, own = map(_kind, (extra.network, pipeline.unet))
+            weak, own = map(_kind, (extra.network, pipeline.network))
             if weak not in (own, None):
                 raise UsageError(
                     "autoguidance needs two models of one kind; the weak one has the shape {} and {} classes, this one {} "
@@ -237,7 +237,7 @@ def _cost(scheduler, rule: Rule, steps: int) -> int:
 
 def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress, cost):
     random, own = KeyedRandom(seed), pipeline.scheduler
-    networks = {pipeline.unet} if rule is None else {pipeline.unet, *_networks(rule)}
+    networks = {pipeline.network} if rule is None else {pipeline.network, *_networks(rule)}
     total = sum(min(batch_size, num - start) for start in starts)
     pipeline.scheduler = scheduler
     try:

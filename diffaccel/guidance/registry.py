@@ -162,9 +162,10 @@ def _network(model: str | Path):
     from ..models.teachers import load_pipeline
 
     weak = load_pipeline(model)
-    if not hasattr(weak, "unet"):
+    network = getattr(weak, "unet", None) or getattr(weak, "transformer", None)
+    if network is None:
         raise DataError(f"{model} is a {type(weak).__name__} without a U-Net; pass its network, AutoGuidance(model=…).")
-    return weak.unet
+    return network
 
 
 def _made(name: str, **arguments):

@@ -71,7 +71,7 @@ class NetworkDenoiser(Denoiser):
 
     @abstractmethod
     def feature_modules(self) -> list[nn.Module]:
-        """Modules whose outputs (B, C, h, w) describe a noisy sample, in the order of the network."""
+        """Modules whose outputs, (B, C, h, w) or square (B, tokens, C), describe a noisy sample, in network order."""
 
     def forward(self, x_t, t, condition=None):
         prediction = self.predict(x_t, t, condition).float()
@@ -86,13 +86,16 @@ class NetworkDenoiser(Denoiser):
         return error.square().flatten(1).mean(1)
 
     def forward_with_features(self, x_t, t, condition=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Like a call, and in the same network evaluation the outputs of `feature_modules` as float32."""
+        """Like a call, and in the same network evaluation the outputs of `feature_modules` as (B, C, h, w) float32."""
         features: list[torch.Tensor] = []
 
         def keep(_module, _inputs, output):
+            value = (output[0] if isinstance(output, tuple) else output).float()
+            if value.ndim == 3:  # the tokens of a square
+                value = value.transpose(1, 2).unflatten(2, (round(value.shape[1] ** 0.5), -1))
             # Contiguous: attention blocks return channels-last strides, on which torch 2.13's CPU group norm crashes in
             # its backward pass.
-            features.append((output[0] if isinstance(output, tuple) else output).float().contiguous())
+            features.append(value.contiguous())
 
         hooks = [module.register_forward_hook(keep) for module in self.feature_modules()]
         try:

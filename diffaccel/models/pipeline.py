@@ -9,32 +9,51 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.errors import UsageError
-from .unet2d import num_classes, sample_shape
+from .pixel import is_transformer, num_classes, sample_shape
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Generates images with a UNet2DModel, with classes and classifier-free guidance if the model has them.
+    """Generates images with a network of pixels, with classes and classifier-free guidance if the model has them.
 
     Args:
-        unet: UNet2DModel; with class embeddings, the last one is the null class.
+        unet: UNet2DModel; with class embeddings, the last one is the null class. None where there is a transformer.
         scheduler: any diffusers or diffaccel scheduler.
         num_inference_steps: number of steps when a call names none; distilled students carry 1 here.
+        transformer: DiTTransformer2DModel in place of the U-Net.
+
+    Raises:
+        UsageError: both networks, or none.
     """
 
-    def __init__(self, unet, scheduler, num_inference_steps: int = 20):
+    _optional_components = ["unet", "transformer"]  # noqa: RUF012 - diffusers reads it from the class
+
+    def __init__(self, unet, scheduler, num_inference_steps: int = 20, transformer=None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        if (unet is None) == (transformer is None):
+            raise UsageError("A ClassConditionalPipeline has either a unet or a transformer.")
+        self.register_modules(unet=unet, scheduler=scheduler, transformer=transformer)
         self.register_to_config(num_inference_steps=num_inference_steps)
+
+    @classmethod
+    def of(cls, net, scheduler, num_inference_steps: int = 20) -> "ClassConditionalPipeline":
+        """The pipeline of either kind of network."""
+        role = "transformer" if is_transformer(net) else "unet"
+        return cls(**{"unet": None, role: net}, scheduler=scheduler, num_inference_steps=num_inference_steps)
+
+    @property
+    def network(self):
+        """The U-Net or the transformer."""
+        return self.unet if self.unet is not None else self.transformer
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes, or None for an unconditional model."""
-        return num_classes(self.unet)
+        return num_classes(self.network)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return sample_shape(self.unet)
+        return sample_shape(self.network)
 
     @torch.no_grad()
     def __call__(
@@ -65,7 +84,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             UsageError: labels out of range, labels for an unconditional model, mismatching batch sizes.
         """
-        device, dtype = self._execution_device, self.unet.dtype
+        device, dtype = self._execution_device, self.network.dtype
         labels = self._labels(class_labels, len(noise) if noise is not None else batch_size)
         count = len(labels) if labels is not None else (len(noise) if noise is not None else batch_size)
         shape = (count, *self.sample_shape)
@@ -83,12 +102,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
 
-        sample = noise.to(device, dtype) * self.scheduler.init_noise_sigma
+        # Flow schedulers of diffusers neither scale the noise nor what the network sees.
+        scaled = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        sample = noise.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(sample, timestep)
+            model_input = scaled(sample, timestep)
             if guided:
                 model_input = torch.cat([model_input, model_input])
-            prediction = self.unet(model_input, timestep, **conditions).sample
+            prediction = self.network(model_input, timestep.expand(len(model_input)), **conditions).sample
             if guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = torch.lerp(uncond, cond, guidance_scale)

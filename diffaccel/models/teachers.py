@@ -162,19 +162,20 @@ def denoiser_of(pipeline):
         UsageError: a noise schedule that is neither VP nor a flow.
     """
     from ..core.schedule import EDM, Flow, from_diffusers
-    from .unet2d import UNet2DDenoiser
+    from .pixel import PixelDenoiser
 
     schedule = from_diffusers(pipeline.scheduler)
     if isinstance(schedule, EDM):
         raise UsageError("EDM-preconditioned networks are not supported; only VP (DDPM) and flow models are.")
     default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
-    return UNet2DDenoiser(pipeline.unet, schedule, pipeline.scheduler.config.get("prediction_type") or default)
+    return PixelDenoiser(pipeline.network, schedule, pipeline.scheduler.config.get("prediction_type") or default)
 
 
 def _is_pixel_model(index: dict) -> bool:
-    """Whether a pipeline consists of a UNet2DModel and a scheduler, and nothing else (a VAE makes it latent)."""
-    parts = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
-    return parts == {"unet", "scheduler"} and index["unet"][1] == "UNet2DModel"
+    """Whether a pipeline consists of a network of pixels and a scheduler, and nothing else (a VAE makes it latent)."""
+    parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    network = parts.get("unet", parts.get("transformer"))
+    return len(parts) == 2 and "scheduler" in parts and network in ("UNet2DModel", "DiTTransformer2DModel")
 
 
 def read_index(folder: Path) -> dict:

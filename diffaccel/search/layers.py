@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.errors import DataError, UsageError
 from ..guidance.run import NETWORKS
 from ..guidance.standins import subclass
-from ..models.unet2d import num_classes, sample_shape
+from ..models.pixel import num_classes, sample_shape
 from ..samplers.searched import PlanFile, SearchedScheduler
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
@@ -292,8 +292,8 @@ def _call_of(scheduler, calls: int) -> int | None:
 
 
 def _zeros_through(network: nn.Module) -> Callable[[], object]:
-    if type(network).__name__ != "UNet2DModel":
+    if type(network).__name__ not in ("UNet2DModel", "DiTTransformer2DModel"):
         raise UsageError(f"Pass run=, which calls this {type(network).__name__} with inputs as it will have them.")
     x = torch.zeros(1, *sample_shape(network)).to(next(network.parameters()))
     labels = {"class_labels": torch.zeros(1, dtype=torch.long, device=x.device)} if num_classes(network) else {}
-    return lambda: network(x, 0, **labels)
+    return lambda: network(x, torch.zeros(1, device=x.device), **labels)

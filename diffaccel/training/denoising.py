@@ -12,7 +12,7 @@ from ..core.schedule import from_diffusers
 from ..models.data import load_labelled
 from ..models.denoiser import NetworkDenoiser
 from ..models.pipeline import ClassConditionalPipeline
-from ..models.unet2d import UNet2DDenoiser
+from ..models.pixel import PixelDenoiser
 from ..samplers.scheduler import DEISScheduler
 from .method import Draw, Loss, Method, Phase
 
@@ -64,7 +64,7 @@ class Denoising(Method):
             norm_num_groups=8,
             num_class_embeds=CLASSES + 1,
         )
-        return UNet2DDenoiser(net, from_diffusers(self.scheduler), config.prediction_type)
+        return PixelDenoiser(net, from_diffusers(self.scheduler), config.prediction_type)
 
     def to(self, device):
         self.images, self.labels = self.images.to(device), self.labels.to(device)
@@ -92,4 +92,4 @@ class Denoising(Method):
         self._pipeline(model).save_pretrained(folder)
 
     def _pipeline(self, model: NetworkDenoiser) -> ClassConditionalPipeline:
-        return ClassConditionalPipeline(model.net, self.scheduler, self.config.sampling_steps)
+        return ClassConditionalPipeline.of(model.net, self.scheduler, self.config.sampling_steps)

@@ -4,9 +4,11 @@ from ..core.errors import unknown
 from ..core.lazy import load_object
 
 METHODS = {
+    "flow-matching": "diffaccel.training.flow_matching:FlowMatching",
     "denoising": "diffaccel.training.denoising:Denoising",
     "emoji-autoencoding": "diffaccel.training.autoencoding:EmojiAutoencoding",
     "emoji-contrast": "diffaccel.training.contrast:EmojiContrast",
+    "emoji-text-to-image": "diffaccel.training.text_to_image:EmojiTextToImage",
     "digits-classifier": "diffaccel.training.classification:DigitsClassification",
 }
 

@@ -12,7 +12,7 @@ from diffaccel.distill.methods.dmd import DMD
 from diffaccel.distill.methods.f_distill import BINS, FDistill
 from diffaccel.models.data import load_images
 from diffaccel.models.teachers import denoiser_of, load_pipeline
-from diffaccel.models.unet2d import UNet2DDenoiser
+from diffaccel.models.pixel import PixelDenoiser
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
 from diffaccel.training.method import Draw
 from diffaccel.training.rundir import RunDirectory
@@ -21,9 +21,9 @@ from diffaccel.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-def teacher() -> UNet2DDenoiser:
+def teacher() -> PixelDenoiser:
     schedule = VPDiscrete(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0))
-    return UNet2DDenoiser(tiny_unet(11), schedule, "v_prediction")
+    return PixelDenoiser(tiny_unet(11), schedule, "v_prediction")
 
 
 def data():
@@ -177,7 +177,7 @@ def test_the_exported_pipeline_is_the_trained_generator(tmp_path, odd):
 
 
 def test_guidance_needs_classes():
-    unconditional = UNet2DDenoiser(tiny_unet(None), teacher().schedule, "v_prediction")
+    unconditional = PixelDenoiser(tiny_unet(None), teacher().schedule, "v_prediction")
     with pytest.raises(UsageError, match="guidance_scale"):
         DMD(unconditional, {}, None, DMD.Config(guidance_scale=2.0))
 

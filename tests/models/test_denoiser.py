@@ -8,7 +8,7 @@ from torch import nn
 from diffaccel.core.prediction import PREDICTION_TYPES, convert
 from diffaccel.core.schedule import VE, Flow, VPDiscrete, VPLinear
 from diffaccel.models.denoiser import Guided, NetworkDenoiser
-from diffaccel.models.unet2d import UNet2DDenoiser
+from diffaccel.models.pixel import PixelDenoiser
 from diffaccel.testing import GaussianTeacher
 
 SCHEDULES = [VPDiscrete(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)), VPLinear(), VE(), Flow()]
@@ -52,7 +52,7 @@ def test_denoising_error_vanishes_for_the_true_clean_sample():
 
 
 def test_guidance_extrapolates_from_the_null_branch():
-    model = UNet2DDenoiser(tiny_unet(), SCHEDULES[0], "v_prediction").eval()
+    model = PixelDenoiser(tiny_unet(), SCHEDULES[0], "v_prediction").eval()
     x, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 500.0), {"class_labels": torch.tensor([0, 1, 2])}
     with torch.no_grad():
         null, cond = model(x, t, model.null_condition(3)), model(x, t, labels)
@@ -61,7 +61,7 @@ def test_guidance_extrapolates_from_the_null_branch():
 
 
 def test_features_come_with_the_same_prediction_and_leave_no_hooks():
-    model = UNet2DDenoiser(tiny_unet(None), SCHEDULES[0], "epsilon").eval()
+    model = PixelDenoiser(tiny_unet(None), SCHEDULES[0], "epsilon").eval()
     x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 300.0)
     with torch.no_grad():
         x0, features = model.forward_with_features(x, t)
@@ -73,7 +73,7 @@ def test_features_come_with_the_same_prediction_and_leave_no_hooks():
 
 
 def test_a_clone_has_its_own_weights():
-    model = UNet2DDenoiser(tiny_unet(), SCHEDULES[0], "epsilon")
+    model = PixelDenoiser(tiny_unet(), SCHEDULES[0], "epsilon")
     clone = model.clone()
     with torch.no_grad():
         next(clone.parameters()).add_(1.0)

@@ -139,7 +139,7 @@ class DMD(Method):
         return self.generate(model, noise, {"class_labels": labels % classes} if classes else None)
 
     def export(self, model: NetworkDenoiser, folder: Path) -> None:
-        ClassConditionalPipeline(model.net, self.scheduler, num_inference_steps=1).save_pretrained(folder)
+        ClassConditionalPipeline.of(model.net, self.scheduler, num_inference_steps=1).save_pretrained(folder)
 
     # Losses.
 
