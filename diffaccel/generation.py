@@ -1,20 +1,21 @@
-"""Images from any pixel model: a name, a folder or an opened pipeline.
+"""Images from any pixel model or text-to-image pipeline: a name, a folder or an opened pipeline.
 
 The random numbers of sample i depend on the seed and on i only; other batch sizes change images by rounding at most.
 """
 
 import shutil
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .core.errors import DataError, UsageError
+from .core.errors import UsageError
 from .core.images import to_uint8
 from .core.rng import KeyedRandom
 from .guidance.attach import guidance_of, guide
@@ -22,9 +23,11 @@ from .guidance.context import Context
 from .guidance.levels import level_of
 from .guidance.registry import build_rule
 from .guidance.rules import CFG, COND, UNCOND, CFGPlusPlus, Rule
+from .models.motifs import Motifs, kind_of, motifs_of
 from .models.teachers import load_pipeline
-from .models.pixel import num_classes, sample_shape
 from .samplers.registry import get_sampler
+
+DEFAULT_STEPS = 20  # of models that do not say how many they want
 
 
 @dataclass(eq=False)
@@ -36,12 +39,16 @@ class Drawing(Iterator):
         steps: sampler steps.
         nfe: network evaluations per image, a guidance pair counted as two.
         scale: of the guidance, 1 for none; None for a rule without.
+        shape: (C, H, W) of an image.
+        prompts: what images 0 … num − 1 show, one each; None for other models than text to image.
     """
 
     batches: Generator
     steps: int
     nfe: int
     scale: float | None
+    shape: tuple[int, int, int]
+    prompts: list[str] | None = None
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return next(self.batches)
@@ -65,6 +72,8 @@ def generate(
     guidance_options: Mapping[str, Mapping] | None = None,
     batch_size: int = 256,
     classes: list[int] | None = None,
+    prompts: Sequence[str] | str | None = None,
+    negative_prompt: str | None = None,
     device: str | None = None,
     shard: tuple[int, int] = (0, 1),
     progress: bool | tqdm = False,
@@ -72,9 +81,10 @@ def generate(
     """Generate images batch by batch.
 
     Args:
-        model: teacher name, model folder, or an opened ClassConditionalPipeline (its scheduler is left as it was).
+        model: teacher name, model folder, or an opened pipeline (its scheduler is left as it was): a
+            ClassConditionalPipeline, or one in the layout of StableDiffusionPipeline.
         num: number of images.
-        steps: sampler steps; default: what the model's folder says (a distilled student says 1).
+        steps: sampler steps; default: what the model's folder says (a distilled student says 1), else 20.
         sampler: name in `diffaccel list samplers`; default: the model's own scheduler.
         sampler_options: arguments of the sampler's scheduler class, such as {"solver_order": 2}.
         nfe: in place of steps: as many steps as this many network evaluations allow, a guidance pair counted as two; of
@@ -82,23 +92,28 @@ def generate(
         seed: image i depends on the seed and on i only.
         guidance: a rule such as APG(scale=10), or the name of one in `diffaccel list guidance`; None for classifier-free
             guidance, if ``guidance_scale`` asks for it.
-        guidance_scale: of classifier-free guidance, 1 or None for none (other values double the network evaluations); of
-            a rule given by name, None for the rule's default.
+        guidance_scale: of classifier-free guidance, 1 for none (other values double the network evaluations), None for
+            what the pipeline's call does by itself: 1 for pixel models, 7.5 for Stable Diffusion; of a rule given by name,
+            None for the rule's default.
         guidance_options: of a rule given by name, by rule: {"apg": {"eta": 0.5}, "interval": {"sigma_range": (0.3, 5)}}.
         batch_size: images per network call.
         classes: classes to draw in turn; default all.
+        prompts: texts to draw in turn, image i shows prompts[i % len(prompts)]; default: those that an embedded
+            text-to-image teacher brings.
+        negative_prompt: text that guidance leads away from, for every image.
         device: torch device; default CUDA where there is one, and for an opened pipeline where it is.
         shard: (rank, world): yield only the batches of one process of several, every world-th from the rank-th on.
         progress: show a bar on stderr; or the `progress_bar` to move on.
 
     Returns:
-        An iterator over (images (B, C, H, W) uint8, labels (B,) int64 or None for unconditional models), on the CPU, that
-        knows what it costs.
+        An iterator over (images (B, C, H, W) uint8, labels (B,) int64 or None for models without classes), on the CPU,
+        that knows what it costs and, of text-to-image models, the prompts of all images.
 
     Raises:
         UsageError: num, steps or batch_size below 1, a budget below one step, an unknown sampler, rule or option, classes
-            the model does not have, a rule that it cannot be guided by, a pipeline that is guided already.
-        DataError, MissingWeightsError: the model cannot be opened.
+            or prompts that the model does not take, a text-to-image model without prompts, a rule that it cannot be
+            guided by, a pipeline that is guided already.
+        DataError, MissingWeightsError: the model cannot be opened, or is of another kind.
     """
     for name, value in (("num", num), ("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
         if value < 1:
@@ -110,34 +125,31 @@ def generate(
         raise UsageError("sampler_options belong to a sampler; name one of `diffaccel list samplers`.")
     rule = _rule(guidance, guidance_scale, guidance_options)
     pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
-    if not hasattr(pipeline, "num_classes"):
-        raise DataError(f"{model} is a {type(pipeline).__name__}; sampling here works with pixel models (UNet2DModel).")
     if guidance_of(pipeline) is not None:
         raise UsageError("This pipeline is guided already: end that, with disable_guidance(pipe), and pass guidance=.")
-    if classes is not None and pipeline.num_classes is None:
-        raise UsageError(f"{model} has no classes.")
-    wanted = torch.tensor(classes if classes is not None else range(pipeline.num_classes or 0), dtype=torch.long)
-    if bool((wanted < 0).any()) or (pipeline.num_classes and bool((wanted >= pipeline.num_classes).any())):
-        raise UsageError(f"classes must be in 0 … {pipeline.num_classes - 1}, got {classes}.")
+    motifs = motifs_of(pipeline, classes, prompts, negative_prompt)
     if device or isinstance(model, (str, Path)):
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if rule is None:
-        scale = 1.0 if guidance_scale is None or pipeline.num_classes is None else guidance_scale
+        scale = motifs.scale(guidance_scale)
     else:
-        _check_fit(rule, pipeline, by_name=isinstance(guidance, str))
+        _check_fit(rule, motifs, by_name=isinstance(guidance, str))
         scale = 2.0 if UNCOND in rule.requires else 1.0  # any that runs the branches it needs: its own is what counts
     acting = rule or CFG(scale)
+    if negative_prompt and UNCOND not in acting.requires:
+        raise UsageError("negative_prompt has no effect without guidance: give a guidance_scale above 1.")
     scheduler = pipeline.scheduler
     if chosen:
         told = {"guidance_scale": _told_scale(acting)} if chosen.told_guidance else {}
         scheduler = chosen.build(scheduler.config, **{**told, **(sampler_options or {})})
     if nfe is not None:
         steps = _affordable_steps(scheduler, nfe, acting)
-    steps = steps or pipeline.config.num_inference_steps
+    steps = steps or pipeline.config.get("num_inference_steps") or DEFAULT_STEPS
     cost = _cost(scheduler, acting, steps)
     starts = range(0, num, batch_size)[shard[0] :: shard[1]]
-    batches = _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress, cost)
-    return Drawing(batches, steps, cost, getattr(_inner(acting), "scale", None))
+    batches = _batches(motifs, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost)
+    shown = motifs.prompts and list(islice(cycle(motifs.prompts), num))
+    return Drawing(batches, steps, cost, getattr(_inner(acting), "scale", None), motifs.image_shape, shown)
 
 
 def progress_bar(total: int, shown: bool) -> tqdm:
@@ -166,41 +178,24 @@ def _rule(guidance, scale: float | None, options: Mapping | None) -> Rule | None
     return guidance
 
 
-def _check_fit(rule: Rule, pipeline, by_name: bool) -> None:
+def _check_fit(rule: Rule, motifs: Motifs, by_name: bool) -> None:
     """Refuse what the rule needs and the model does not have; networks of a rule given by name go to its device."""
-    classes = pipeline.num_classes
     if getattr(_inner(rule), "particles", 1) > 1:
         raise UsageError(
             f"{rule.title} draws groups of images that depend on each other, and here an image depends on seed and index "
             "only; call the pipeline itself inside diffaccel.guide(pipeline, rule)."
         )
-    if UNCOND in rule.requires and classes is None:
+    if UNCOND in rule.requires and not motifs.guidable:
         raise UsageError("This model has no classes, so there is nothing to guide it by; leave guidance out.")
     for extra in map(rule.extra, sorted(rule.requires - {COND, UNCOND})):
         if extra.network is not None:
-            weak, own = map(_kind, (extra.network, pipeline.network))
+            weak, own = map(kind_of, (extra.network, motifs.network))
             if weak not in (own, None):
-                raise UsageError(
-                    "autoguidance needs two models of one kind; the weak one has the shape {} and {} classes, this one {} "
-                    "and {}.".format(*weak, *own)
-                )
+                raise UsageError(f"autoguidance needs two models of one kind; the weak one has {weak}, this one {own}.")
             if by_name:
-                extra.network.to(pipeline.device)
+                extra.network.to(motifs.pipeline.device)
         if extra.arguments is not None:
-            negatives = torch.as_tensor(extra.arguments.get("class_labels", -1))
-            if bool((negatives < 0).any()) or bool((negatives >= classes).any()):
-                raise UsageError(
-                    f"Negatives of this model are classes in 0 … {classes - 1}, such as perp-neg.negatives=3; got "
-                    f"{dict(extra.arguments)}."
-                )
-
-
-def _kind(network) -> tuple | None:
-    """What two networks must share; None for one that is no diffusers model and keeps that to itself."""
-    try:
-        return sample_shape(network), num_classes(network)
-    except AttributeError:
-        return None
+            motifs.check_negatives(extra.arguments)
 
 
 def _inner(rule: Rule) -> Rule:
@@ -235,30 +230,28 @@ def _cost(scheduler, rule: Rule, steps: int) -> int:
     return sum(len(rule.branches(Context(step, len(times), level))) for step, level in enumerate(levels))
 
 
-def _batches(pipeline, scheduler, num, starts, steps, seed, rule, scale, batch_size, wanted, progress, cost):
-    random, own = KeyedRandom(seed), pipeline.scheduler
-    networks = {pipeline.network} if rule is None else {pipeline.network, *_networks(rule)}
+def _batches(motifs, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost):
+    pipeline, random = motifs.pipeline, KeyedRandom(seed)
+    own, networks = pipeline.scheduler, {motifs.network} if rule is None else {motifs.network, *_networks(rule)}
     total = sum(min(batch_size, num - start) for start in starts)
     pipeline.scheduler = scheduler
     try:
         with nullcontext(progress) if isinstance(progress, tqdm) else progress_bar(total, progress) as bar:
             for start in starts:
                 count = min(batch_size, num - start)
-                noise = random.normal("sample", 0, start, count, pipeline.sample_shape)
+                noise = random.normal("sample", 0, start, count, motifs.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
-                labels = wanted[torch.arange(start, start + count) % len(wanted)] if len(wanted) else None
                 guided = nullcontext() if rule is None else guide(pipeline, rule)
                 with _counted(networks, lambda rows: bar.update(rows / cost)), guided:
                     images = pipeline(
-                        class_labels=None if labels is None else labels.tolist(),  # a list: negatives are one for each
+                        **motifs.arguments(start, noise),
                         num_inference_steps=steps,
                         guidance_scale=scale,
                         generator=[torch.Generator().manual_seed(value) for value in seeds],
-                        noise=noise,
                         output_type="pt",
                         return_dict=False,
                     )[0]
-                yield to_uint8(images.float().cpu()), labels
+                yield to_uint8(motifs.signed(images.float().cpu())), motifs.labels(start, count)
     finally:
         pipeline.scheduler = own
 

@@ -23,7 +23,9 @@ def group():
 
 @app.command()
 def guidance(
-    model: Annotated[str, typer.Argument(help="Teacher name or model folder, with classes.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Teacher name or model folder, with classes or prompts.", show_default=False)
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for guidance.png, report.json and report.html.")
     ],
@@ -44,9 +46,18 @@ def guidance(
         str | None, typer.Option(help="See `diffaccel list samplers`; default: the model's own.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Real images: folder, zip or dataset; default: those of the teacher.")
+        str | None,
+        typer.Option(help="Real images or their statistics: folder, zip, dataset, file; default: the teacher's."),
     ] = None,
     features: Annotated[str, typer.Option(help="Of FD, precision and recall; see `diffaccel list features`.")] = "auto",
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="What a text-to-image model draws in turn: text file with a prompt a line, or the teacher whose they are; "
+            "default: its own.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per network call; changes them by rounding at most.")] = 256,
     device: Annotated[str | None, typer.Option(help="Torch device; default CUDA where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -58,6 +69,8 @@ def guidance(
     - `diffaccel compare guidance digits --sampler ddim --steps 20 -o guidance/`
 
     - `diffaccel compare guidance digits --rules cfg,rescale:cfg,apg --scales 5,10 --set apg.norm_threshold=0.5 -o guidance/`
+
+    - `diffaccel compare guidance tiny-sd --rules cfg,apg --scales 2,5,10 --num 500 -o guidance/`
     """
     wanted = [name.strip() for name in rules.split(",") if name.strip()]
     numbers = _numbers("--scales", scales, float), _numbers("--seeds", seeds, int)
@@ -69,6 +82,9 @@ def guidance(
     from ..core.processes import usable_device
 
     device = device and str(usable_device(device))
+    from ..evaluate.prompts import load_prompts
+
+    texts = None if prompts is None else load_prompts(prompts)
     from ..evaluate.guidance_page import header, lines, notes, write_sweep
     from ..evaluate.guidance_sweep import sweep_guidance
 
@@ -83,6 +99,7 @@ def guidance(
         options=options,
         reference=reference,
         features=features,
+        prompts=texts,
         batch_size=batch_size,
         device=device,
         progress=True,

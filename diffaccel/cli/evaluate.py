@@ -60,6 +60,17 @@ _OPTIONS = {
     "batch_size": _option(
         _MODEL, int | None, "Images drawn at once, default 256; changes the result by rounding at most.", min=1
     ),
+    "guidance_scale": _option(
+        _MODEL,
+        float | None,
+        "Scale of classifier-free guidance; default: 1 for pixel models, 7.5 for Stable Diffusion.",
+    ),
+    "prompts": _option(
+        _MODEL,
+        str | None,
+        "What a text-to-image model draws in turn: text file with a prompt a line, or the teacher whose prompts they are; "
+        "default: its own.",
+    ),
     "skip_bad": _option(_FILES, bool, "Leave unusable files out and list them.", "--skip-bad"),
     "resize": _option(_FILES, int | None, "Bring all images to this height and width first (bicubic).", min=1),
     "workers": _option(
@@ -91,7 +102,8 @@ _FLAGS = {name for name, option in _OPTIONS.items() if option.__origin__ is bool
 _NETWORK = ["download", "dtype", "compile"]
 _MAIN = ["features", "weights", "unverified_weights", "filter", "preset", *_NETWORK]
 _CLIP_SPACE = ["clip_weights", *_NETWORK]
-_COMMON = ["num", "steps", "sampler", "seed", "batch_size", "skip_bad", "resize", "workers", "device"]
+_DRAWING = ["num", "steps", "sampler", "seed", "batch_size", "guidance_scale", "prompts"]
+_COMMON = [*_DRAWING, "skip_bad", "resize", "workers", "device"]
 _OUT = ["as_json", "output", "html"]
 
 
@@ -170,6 +182,8 @@ _metric_command(
     - `diffaccel evaluate fid samples/ digits`
 
     - `diffaccel evaluate fid model:digits digits:heldout --steps 10 --num 2000`
+
+    - `diffaccel evaluate fid runs/my-run/final emoji/ --prompts tiny-sd --guidance-scale 3`
 
     - `diffaccel evaluate fid samples.zip ref.npz --preset pytorch-fid --weights pt_inception-2015-12-05-6726825d.pth`
     """,

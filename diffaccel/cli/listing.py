@@ -1,7 +1,6 @@
 """`diffaccel list`: what there is, from the registries themselves."""
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -69,19 +68,20 @@ def _methods():
 def _teachers():
     from ..models.teachers import TEACHERS
 
-    rows = []
-    for info in map(asdict, TEACHERS.values()):
-        where = info["repository"] or "embedded"
-        rows.append(
-            {
-                "name": info["name"],
-                "what": info["summary"],
-                "size": info["size"],
-                "from": where,
-                "licence": info["licence"],
-            }
-        )
-    return rows
+    return [_teacher(info) for info in TEACHERS.values()]
+
+
+def _teacher(info) -> dict:
+    from ..models.shipped import ASSETS, PICTURE, shipped_figures, shipped_size
+
+    row = {"name": info.name, "what": info.summary, "size": info.size, "data": info.data, "licence": info.licence, "FD": ""}
+    if info.repository:
+        return row | {"from, picture": info.repository}
+    figures = shipped_figures(info.name)
+    row["size"] = f"{shipped_size(info.name, 'teacher/') / 2**20:.1f} MiB"
+    if figures:
+        row["FD"] = f"{figures['fd']:.2f} (data {figures['floor']:.2f})"
+    return row | {"from, picture": str(ASSETS / info.name / PICTURE)}
 
 
 def _recipes():

@@ -1,4 +1,4 @@
-"""`diffaccel sample`: images from a teacher, a student or any pixel model folder."""
+"""`diffaccel sample`: images from a teacher, a student, any pixel model folder or a text-to-image pipeline."""
 
 import json
 import os
@@ -42,10 +42,29 @@ def sample(
             show_default=False,
         ),
     ] = None,
-    num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 100,
+    num: Annotated[
+        int | None,
+        typer.Option(
+            "--num", "-n", help="Number of images; default one for each prompt given, else 100.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and on i only.")] = 0,
     classes: Annotated[
         str | None, typer.Option(help="Classes to draw in turn, such as 3 or 1,4,7; default all.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What a text-to-image model draws; repeat it to draw several in turn.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file with a prompt a line, after those of --prompt; default: the teacher's own.",
+            show_default=False,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from, in every image.", show_default=False)
     ] = None,
     guidance: Annotated[
         str | None, typer.Option(help="See `diffaccel list guidance`; default: classifier-free guidance.")
@@ -53,8 +72,8 @@ def sample(
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance scale; default: the rule's own, and 1, no guidance, without --guidance. Other values than 1 "
-            "double the NFE.",
+            help="Guidance scale; default: the rule's own, and without --guidance the pipeline's own: 1, no guidance, for "
+            "pixel models, 7.5 for Stable Diffusion. Other values than 1 double the NFE.",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +83,7 @@ def sample(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for one PNG per image and dataset.json with classes and settings.",
+            help="Folder for one PNG per image, dataset.json with classes and settings, and metadata.jsonl with prompts.",
             show_default=False,
         ),
     ] = None,
@@ -86,6 +105,10 @@ def sample(
 
     - `diffaccel sample digits --classes 3,8 --guidance-scale 2 --grid threes-and-eights.png`
 
+    - `diffaccel sample tiny-sd --prompt 'red apple' --prompt 'grinning face' --guidance-scale 3 --grid apples.png`
+
+    - `diffaccel sample tiny-sd --prompts prompts.txt --negative-prompt letters --num 200 --output samples/`
+
     - `diffaccel sample digits --guidance apg --guidance-scale 12 --set apg.norm_threshold=2 --grid digits.png`
 
     - `diffaccel sample digits --guidance cfg --guidance-scale 7 --set 'interval.sigma_range=[0.3,5]' --grid digits.png`
@@ -106,9 +129,10 @@ def sample(
     if plan is not None and (given := [name for name, value in own.items() if value is not None]):
         raise UsageError(f"A plan brings its own sampler and steps: leave out {given[0]}, or --plan.")
     wanted, options = _classes(classes), settings(overrides, sampler, guidance)
+    texts = _prompts(prompt, prompts)
     from ..models.teachers import read_index, resolve_teacher
 
-    folder, _ = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
+    folder, info = resolve_teacher(model)  # here, because torch and diffusers take seconds to import
     if steps is not None and steps > 1 and read_index(folder).get("num_inference_steps") == 1:
         note("Note: this student was trained for one step; more steps make its images worse.")
     import torch
@@ -118,6 +142,7 @@ def sample(
     device = device and str(usable_device(device))
     from ..core.files import write_atomic
     from ..core.images import save_grid, save_png
+    from ..evaluate.captions import METADATA
     from ..evaluate.sources import LABELS_FILE
     from ..generation import generate
 
@@ -127,7 +152,7 @@ def sample(
         guidance_scale = scale if guidance is None and guidance_scale is None else guidance_scale
     drawn = generate(
         drawn_from,
-        num,
+        num if num is not None else len(texts or range(100)),
         steps=steps,
         sampler=sampler,
         nfe=nfe,
@@ -137,6 +162,8 @@ def sample(
         **options,
         batch_size=batch_size,
         classes=wanted,
+        prompts=texts,
+        negative_prompt=negative_prompt,
         device=device,
         progress=True,
     )
@@ -157,13 +184,17 @@ def sample(
     if grid is not None:
         save_grid(torch.cat(sheet), grid)
     cost = {"steps": drawn.steps, "nfe": drawn.nfe}
-    if named:
+    if output is not None:
         rule = {"guidance": guidance or "cfg", "guidance_scale": drawn.scale, "set": overrides or []}
+        rule |= {} if negative_prompt is None else {"negative_prompt": negative_prompt}
         facts = {
             "settings": {"model": model, "sampler": sampler or (plan and str(plan)), **cost, **rule, "seed": seed},
-            "labels": named,
+            "labels": named or None,
         }
         write_atomic(output / LABELS_FILE, json.dumps(facts) + "\n")
+    if output is not None and drawn.prompts:
+        lines = [{"file_name": f"{index:06d}.png", "text": text} for index, text in enumerate(drawn.prompts)]
+        write_atomic(output / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = {"images": written, "seconds": round(time.monotonic() - started, 2), **cost}
     places = {key: str(path) for key, path in (("output", output), ("grid", grid)) if path is not None}
     if as_json:
@@ -175,7 +206,7 @@ def sample(
             f"counted as two: {', '.join(places.values())}"
         )
         if output is not None and sys.stderr.isatty():
-            note(f"Next: diffaccel evaluate fid {output} digits")
+            note(f"Next: diffaccel evaluate fid {output} {info.data if info and info.data else 'REFERENCE'}")
 
 
 def _planned(model: str, path: Path, device: str | None) -> tuple:
@@ -243,3 +274,16 @@ def _classes(text: str | None) -> list[int] | None:
         return [int(item) for item in text.split(",")]
     except ValueError:
         raise UsageError(f"--classes takes numbers separated by commas, such as 1,4,7; got {text!r}.") from None
+
+
+def _prompts(typed: list[str] | None, file: Path | None) -> list[str] | None:
+    """Prompts of the command line, None where there are none.
+
+    Raises:
+        UsageError, DataError: see `prompts.load_prompts`.
+    """
+    if file is None:
+        return typed or None
+    from ..evaluate.prompts import load_prompts
+
+    return [*(typed or []), *load_prompts(file)]

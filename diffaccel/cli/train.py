@@ -61,11 +61,11 @@ def train(
     typer.echo(f"Finished: {final}")
     for key, value in last_validation(folder).items():
         typer.echo(f"{key}: {value:.4f}")
-    if (final / "model_index.json").is_file():
+    if method.reference:
         from ..evaluate.run import evaluate_fid
 
-        report = evaluate_fid(final, "digits", num=1000, progress=not quiet)
+        report = evaluate_fid(final, method.reference, num=1000, progress=not quiet)
         report.save(folder / "report.json")
         typer.echo(str(report))
         if not quiet:
-            note(f"Next: diffaccel sample {final} --grid digits.png")
+            note(f"Next: diffaccel sample {final} --grid sheet.png")

@@ -4,6 +4,7 @@ import torch
 
 from ..core.errors import DataError
 from ..core.images import to_unit_range
+from ..models.emoji_encoder import load_emoji_encoder
 from .features import get_features
 from .groups import assign_groups
 from .metrics.frechet import frechet_estimate
@@ -13,12 +14,34 @@ _CHUNK = 512
 
 
 def class_accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of 8×8 digits, uint8 (N, 1, 8, 8), that the bundled classifier assigns to their labels (N,)."""
+    """Share of digits, uint8 (N, 1, S, S) with S 8 or 28, that the bundled classifier assigns to their labels (N,)."""
     return float(_recognised(images, labels).double().mean())
 
 
+def caption_accuracy(images: torch.Tensor, prompts: list[str], among: list[str], most: int = 1) -> float:
+    """Share of emoji, uint8 (N, 3, 64, 64), whose own prompt is one of the nearest of all prompts to them.
+
+    Nearness is that of the bundled encoder of pictures and texts (`models.emoji_encoder`), which tiny-sd was not trained
+    on but whose text half it reads prompts with.
+
+    Args:
+        prompts: N prompts that were asked for.
+        among: the prompts to choose from; they include all of these.
+        most: how many of the nearest count.
+    """
+    encoder = load_emoji_encoder()
+    choices = list(dict.fromkeys([*among, *prompts]))
+    place = {text: index for index, text in enumerate(choices)}
+    with torch.no_grad():
+        texts = torch.cat([encoder.embed_texts(choices[i : i + _CHUNK]) for i in range(0, len(choices), _CHUNK)])
+        pictures = torch.cat([encoder.picture(to_unit_range(part)) for part in images.split(_CHUNK)])
+    nearest = (pictures @ texts.T).topk(most).indices
+    own = torch.tensor([place[prompt] for prompt in prompts])
+    return float((nearest == own[:, None]).any(1).double().mean())
+
+
 def _recognised(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    classifier = get_features("digits64").classifier
+    classifier = get_features("mnist64" if images.shape[-1] == 28 else "digits64").classifier
     with torch.no_grad():
         return torch.cat([classifier(to_unit_range(batch)).argmax(1) for batch in images.split(_CHUNK)]) == labels
 

@@ -10,10 +10,10 @@ from torch.nn.functional import avg_pool2d
 from ..core.processes import Processes
 from .features import FeatureExtractor
 from .groups import GROUPS, assign_groups
+from .imagesource import ImageSource, with_channels
 from .metrics.frechet import Gaussian
 from .metrics.scores import ScoreSums, assign_splits
 from .moments import GroupedMoments
-from .sources import ImageSource, with_channels
 
 _BLOCK, _BLOCK_BYTES = 256, 2**26  # most images and bytes that are decoded together and belong to one process
 _SHOWN, _SHOWN_SIZE = 64, 256  # images kept to be looked at, and their largest height and width

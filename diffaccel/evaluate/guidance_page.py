@@ -35,9 +35,8 @@ def header(sweep: Sweep) -> list[str]:
 
 
 def lines(sweep: Sweep) -> list[list[str]]:
-    """The table: every row, means ± standard deviations over seeds or the interval of the distance, then real images."""
-    known = {**sweep.real, "overshoot": 0.0}
-    real = [f"{known[measure]:.{digits}f}" if measure in known else "–" for measure, _, digits, _ in _shown(sweep)]
+    """The table: every row, means ± standard deviations over seeds or the interval of the distance, then real images if
+    there are any."""
     cells = [
         [
             row.rule,
@@ -47,11 +46,10 @@ def lines(sweep: Sweep) -> list[list[str]]:
         ]
         for row in sweep.rows
     ]
-    cells.append(["real images", "–", "–", *real])
     if not _several(sweep):
-        for line, interval in zip(cells, [*map(_interval, sweep.rows), "–"], strict=True):
-            line.insert(4, interval)
-    return cells
+        for line, row in zip(cells, sweep.rows, strict=True):
+            line.insert(4, _interval(row))
+    return [*cells, _real_line(sweep)] if sweep.real else cells
 
 
 def notes(sweep: Sweep) -> list[str]:
@@ -64,11 +62,15 @@ def notes(sweep: Sweep) -> list[str]:
         if _grey(sweep)
         else "Contrast, saturation and clipped values should be those of real images."
     )
+    overshoot = (
+        ""
+        if sweep.rows[0].mean("overshoot") is None
+        else "Overshoot: mean of max(|x| − 1, 0) before values are clipped to [−1, 1]. "
+    )
     return [
-        f"{num} images per rule, scale and seed, from the same noise and classes. {spread}NFE: network evaluations per image, "
-        "a guidance pair counted as two.",
-        f"{sweep.report['FD'].metric}: lower is better, biased upwards by about 1/N. Overshoot: mean of max(|x| − 1, 0) before "
-        f"values are clipped to [−1, 1]. {pixels}",
+        f"{num} images per rule, scale and seed, from the same noise and {sweep.motifs}. {spread}NFE: network evaluations per "
+        "image, a guidance pair counted as two.",
+        f"{sweep.report['FD'].metric}: lower is better, biased upwards by about 1/N. {overshoot}{pixels}",
         *(f"Warning: {warning}" for warning in sweep.report.warnings),
     ]
 
@@ -94,7 +96,7 @@ def page(sweep: Sweep, image: torch.Tensor) -> str:
         table(header(sweep), lines(sweep)),
         "<h2>Over the guidance scale</h2>",
         *(_chart(sweep, *column) for column in _shown(sweep) if column[0] in _CHARTS),
-        "<h2>The same noise and classes everywhere</h2>",
+        f"<h2>The same noise and {sweep.motifs} everywhere</h2>",
         figure("Rows: rules. Columns: guidance scales.", image, smooth=True),
         "<h2>Provenance</h2>",
         record({"settings": sweep.settings, "features": sweep.report.features, **sweep.report.environment}),
@@ -103,19 +105,27 @@ def page(sweep: Sweep, image: torch.Tensor) -> str:
 
 
 def picture(sweep: Sweep) -> torch.Tensor:
-    """Sheets of the same samples, uint8 (C, height, width): a line per rule, a column per scale, the unguided model and real
-    images last."""
+    """Sheets of the same samples, uint8 (C, height, width): a line per rule, a column per scale, the unguided model and what
+    there is of real images last."""
     unguided, *rows = sweep.rows
     blocks = {(row.rule, row.scale): (f"{row.rule}, scale {row.scale:g}\n{_gist(row)}", row.samples) for row in rows}
     grid = [[blocks[rule, scale] for scale in sweep.settings["scales"]] for rule in sweep.settings["rules"]]
     real = sweep.real_samples[: len(unguided.samples)]
-    grid.append([(f"{UNGUIDED} model\n{_gist(unguided)}", unguided.samples), ("real images", real)])
+    last = [(f"{UNGUIDED} model\n{_gist(unguided)}", unguided.samples), ("real images", real)]
+    grid.append([block for block in last if len(block[1])])
     edge = max(_EDGE, min(unguided.samples.shape[-1], 96))
     return labelled([[(label, sheet(thumbnails(images, edge), _COLUMNS)) for label, images in line] for line in grid])
 
 
+def _real_line(sweep: Sweep) -> list[str]:
+    known = {**sweep.real, "overshoot": 0.0}
+    first, *others = (f"{known[name]:.{digits}f}" if name in known else "–" for name, _, digits, _ in _shown(sweep))
+    return ["real images", "–", "–", first, *([] if _several(sweep) else ["–"]), *others]
+
+
 def _gist(row: Row) -> str:
-    return f"FD {row.mean('fd'):.2f}, recall {row.mean('recall'):.2f}"
+    recall = row.mean("recall")
+    return f"FD {row.mean('fd'):.2f}" + ("" if recall is None else f", recall {recall:.2f}")
 
 
 def _grey(sweep: Sweep) -> bool:
@@ -142,8 +152,8 @@ def _cell(row: Row, measure: str, digits: int) -> str:
 
 def _interval(row: Row) -> str:
     (run,) = row.runs.values()
-    low, high = run["report"]["FD"].ci95 or (float("nan"), float("nan"))
-    return f"{low:.2f} … {high:.2f}"
+    limits = run["report"]["FD"].ci95
+    return "–" if limits is None else "{:.2f} … {:.2f}".format(*limits)
 
 
 def _chart(sweep: Sweep, measure: str, name: str, digits: int, good: str) -> str:

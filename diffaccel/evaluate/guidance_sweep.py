@@ -1,9 +1,10 @@
-"""What guidance rules do as their scale grows: one model, the same noise and classes everywhere, one reference."""
+"""What guidance rules do as their scale grows: one model, the same noise and motifs everywhere, one reference."""
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,15 +13,18 @@ from ..generation import generate, progress_bar
 from ..guidance.base import Rule, Wrapper
 from ..guidance.registry import RULES, build_rule
 from ..guidance.rules import CFG
-from ..models.data import load_digits
+from ..models.data import load_labelled
+from ..models.motifs import motifs_of
 from ..models.teachers import load_pipeline, resolve_teacher
 from .classes import class_accuracy
 from .features.appearance import AppearanceFeatures
 from .groups import within_classes
 from .run import evaluate_images
-from .sources import resolve
+from .sources import DATASETS, ImageSource, StatisticsSource, resolve
 
 UNGUIDED, SHOWN = "unguided", 20
+ACCURACY: dict[str, Callable[[torch.Tensor, torch.Tensor | list[str]], float]] = {"digits": class_accuracy}
+"""By data set: the share of images, uint8 (N, C, H, W), that show their classes (N,) or their N prompts."""
 MEASURES = ("fd", "precision", "recall", "overshoot", *AppearanceFeatures.KINDS, "accuracy")
 
 
@@ -32,9 +36,10 @@ class Row:
         rule: as it was typed, or `UNGUIDED`.
         scale: guidance scale; 1 for the unguided model.
         nfe: network evaluations per image, a guidance pair counted as two.
-        runs: by seed, the values of `MEASURES`, accuracy None without a classifier, and "report", the
-            `report.Report` that most of them come from. Overshoot is the mean over values of max(|x| − 1, 0), of samples
-            before they are clipped to [−1, 1]; 0 where the scheduler clips its predictions.
+        runs: by seed, the values of `MEASURES`, and "report", the `report.Report` that most of them come from.
+            Accuracy is None without a classifier, precision and recall where the reference holds no vectors. Overshoot
+            is the mean over values of max(|x| − 1, 0), of samples before they are clipped to [−1, 1]; 0 where the
+            scheduler clips its predictions, None where a decoder makes the values.
         samples: the first images of the first seed, uint8 (≤ SHOWN, C, H, W).
     """
 
@@ -70,15 +75,17 @@ class Sweep:
 
     Attributes:
         settings: all that it was told.
-        rows: the unguided model, then every rule at every scale, all from the same noise and classes.
-        real: saturation, contrast and clipped values of the reference.
-        real_samples: some of its images, uint8 (C, H, W).
+        rows: the unguided model, then every rule at every scale, all from the same noise, classes and prompts.
+        real: saturation, contrast and clipped values of the reference; empty where that is statistics.
+        real_samples: some of its images, uint8 (C, H, W); none where it is statistics.
+        motifs: what is the same everywhere besides the noise, "classes" or "prompts".
     """
 
     settings: dict
     rows: list[Row]
     real: dict[str, float] = field(default_factory=dict)
     real_samples: Sequence[torch.Tensor] = field(default=(), repr=False)
+    motifs: str = "classes"
 
     @property
     def report(self):
@@ -123,13 +130,14 @@ def sweep_guidance(
     options: Mapping[str, Mapping] | None = None,
     reference: str | None = None,
     features: str = "auto",
+    prompts: Sequence[str] | None = None,
     batch_size: int = 256,
     device: str | None = None,
     progress: bool = False,
 ) -> Sweep:
-    """Measure a class-conditional pixel model under several guidance rules at several scales.
+    """Measure a model with classes, or a text-to-image model, under several guidance rules at several scales.
 
-    Sample i starts from the same noise and shows the same class under every rule; classes are drawn in turn.
+    Sample i starts from the same noise and shows the same class or prompt under every rule; these are drawn in turn.
 
     Args:
         model: teacher name or model folder.
@@ -139,14 +147,16 @@ def sweep_guidance(
         num: images per rule, scale and seed; plug-in distances compare at equal ``num`` only.
         steps, sampler: default: the model's own.
         options: of the rules, such as {"apg": {"eta": 0.5}}.
-        reference: real images, see `sources.resolve`; default: those that belong to a named teacher.
+        reference: real images or their statistics, see `sources.resolve`; default: those of a named teacher.
         features: of FD, precision and recall, see `settings.Settings`.
+        prompts: of a text-to-image model; default: its own.
         batch_size: images per network call.
         device: torch device; default CUDA where there is one.
         progress: draw a bar on stderr, on a terminal.
 
     Raises:
-        UsageError: no rules, scales or seeds, unknown rules or options, a model without classes, no reference.
+        UsageError: no rules, scales or seeds, unknown rules or options, a model without classes or prompts, no
+            reference.
         DataError, MissingWeightsError, NumericalError: see `generation.generate` and `run.evaluate_images`.
     """
     for name, values in (("rules", rules), ("scales", scales), ("seeds", seeds)):
@@ -156,8 +166,14 @@ def sweep_guidance(
     _check_used(options or {}, rules)
     pairs = [(rule, scale) for rule in rules for scale in scales]
     jobs = [(Row(UNGUIDED, 1.0), CFG(1.0)), *((Row(*pair), named_rule(*pair, options)) for pair in pairs)]
-    pipeline, reference = _opened(model), reference or _own_data(model)
-    digits = resolve(reference).kind == "dataset"  # asked here, so that it is refused before anything is drawn
+    pipeline = load_pipeline(model)
+    motifs = motifs_of(pipeline, prompts=prompts)
+    if not motifs.guidable:
+        raise UsageError(
+            f"{model} has no classes to be guided by; give a model with classes or prompts, such as digits."
+        )
+    reference = reference or _own_data(model)
+    target = _Target(reference, resolve(reference), features)  # now, so that it is refused before anything is drawn
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with progress_bar(len(jobs) * len(seeds) * num, progress) as bar:
         for row, rule in jobs:
@@ -165,22 +181,26 @@ def sweep_guidance(
             for seed in seeds:
                 bar.set_description(f"{row.rule} at {row.scale:g}, seed {seed}")
                 batches = generate(
-                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, batch_size=batch_size, progress=bar
+                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, prompts=motifs.prompts,
+                    batch_size=batch_size, progress=bar,
                 )  # fmt: skip
                 drawn = [(images, labels, watched.overshoot()) for images, labels in batches]
-                images, labels, overshoot = map(torch.cat, zip(*drawn, strict=True))
-                row.runs[seed] = _measured(images, labels, reference, features, digits)
-                row.runs[seed]["overshoot"] = float(overshoot.mean())
+                images, labels, overshoot = (
+                    None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True)
+                )
+                row.runs[seed] = target.measure(images, labels, batches.prompts)
+                row.runs[seed]["overshoot"] = None if motifs.latent else float(overshoot.mean())
                 row.samples = images[:SHOWN] if row.samples is None else row.samples
                 row.nfe = batches.nfe
     report = row.runs[seed]["report"]
     written = json.loads(json.dumps(options or {}), parse_constant=str)  # JSON has no infinity
     settings = {"model": str(model), "rules": rules, "scales": scales, "seeds": seeds, "num": num, "steps": steps,
                 "sampler": sampler, "options": written, "reference": reference, "features": features}  # fmt: skip
-    real = {kind: report[f"{kind} of real images"].value for kind in AppearanceFeatures.KINDS}
-    samples = [image[: images.shape[1]] for image in report.samples["real"][:SHOWN]]
-    samples = _in_turn(*load_digits(reference.partition(":")[2] or "train")) if digits else samples
-    return Sweep(settings, [row for row, _ in jobs], real, samples)
+    settings |= {} if prompts is None else {"prompts": list(prompts)}
+    names = {kind: f"{kind} of real images" for kind in AppearanceFeatures.KINDS}
+    real = {kind: report[name].value for kind, name in names.items()} if target.has_images else {}
+    shown = "classes" if motifs.prompts is None else "prompts"
+    return Sweep(settings, [row for row, _ in jobs], real, target.samples(report), shown)
 
 
 class _Watched(Wrapper):
@@ -210,13 +230,6 @@ def _check_used(options: Mapping, rules: list[str]) -> None:
         raise UsageError(f"Options of {name} have no effect on {', '.join(rules)}: name it among the rules{wrapped}.")
 
 
-def _opened(model: str):
-    pipeline = load_pipeline(model)
-    if getattr(pipeline, "num_classes", None) is None:
-        raise UsageError(f"{model} has no classes to be guided by; give a pixel model with classes, such as digits.")
-    return pipeline
-
-
 def _own_data(model: str) -> str:
     _, info = resolve_teacher(model)
     if info is None or not info.data:
@@ -224,12 +237,52 @@ def _own_data(model: str) -> str:
     return info.data
 
 
-def _measured(images: torch.Tensor, labels: torch.Tensor, reference: str, features: str, digits: bool) -> dict:
-    """Values of one run, all but overshoot."""
-    report = evaluate_images((images, labels), reference, ("fid", "prdc", "appearance"), features)
-    accuracy = class_accuracy(images, labels) if digits else None
-    values = {name: report[name].value for name in ("precision", "recall", *AppearanceFeatures.KINDS)}
-    return {"fd": report["FD"].value, **values, "accuracy": accuracy, "report": report}
+@dataclass
+class _Target:
+    """What the images of a sweep are compared with.
+
+    Attributes:
+        name: as it was typed.
+        source: what it is.
+        features: see `settings.Settings`.
+    """
+
+    name: str
+    source: ImageSource | StatisticsSource
+    features: str
+
+    @property
+    def has_images(self) -> bool:
+        return isinstance(self.source, ImageSource)
+
+    @property
+    def dataset(self) -> str | None:
+        """Name of the data set, whether its images or its statistics are here; None for anything else."""
+        name = self.name.partition(":")[0]
+        return name if name in DATASETS and not Path(self.name).exists() else None
+
+    def measure(self, images: torch.Tensor, labels: torch.Tensor | None, prompts: list[str] | None) -> dict:
+        """Values of one run, uint8 images (N, C, H, W) with their classes (N,) or N prompts; all but overshoot."""
+        wanted = ("fid", "prdc", "appearance") if self._has_vectors else ("fid", "appearance")
+        report = evaluate_images((images, labels), self.name, wanted, self.features)
+        found = {result.kind: result.value for result in report.results}
+        values = {name: found.get(name) for name in ("precision", "recall", *AppearanceFeatures.KINDS)}
+        recognise = ACCURACY.get(self.dataset)
+        accuracy = recognise(images, labels if prompts is None else prompts) if recognise else None
+        return {"fd": report["FD"].value, **values, "accuracy": accuracy, "report": report}
+
+    @property
+    def _has_vectors(self) -> bool:
+        return self.has_images or self.source.statistics.vectors is not None
+
+    def samples(self, report) -> Sequence[torch.Tensor]:
+        """Some images (≤ SHOWN) uint8 (C, H, W), as far as there are any."""
+        if not self.has_images:
+            return ()
+        if self.source.kind == "dataset" and self.source.labels is not None:
+            return _in_turn(*load_labelled(self.dataset, self.name.partition(":")[2] or "train"))
+        channels = self.source.shape[0]
+        return [image[:channels] for image in report.samples["real"][:SHOWN]]
 
 
 def _in_turn(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

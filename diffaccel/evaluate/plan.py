@@ -17,7 +17,8 @@ from .settings import Settings
 from .sources import ImageSource, ModelSource, StatisticsSource, resolve
 from .statistics import check_features
 
-_DRAWING = ("num", "steps", "sampler", "batch_size")  # settings of models only
+_BY_SHAPE = {(1, 8, 8): "digits64", (1, 28, 28): "mnist64"}
+_DRAWING = ("num", "steps", "sampler", "batch_size", "guidance_scale", "prompts")  # settings of models only
 
 
 @dataclass
@@ -156,8 +157,8 @@ def fitting_features(sources: dict) -> str:
         if recorded not in FEATURES:  # a class of somebody is only imported when its name was typed
             raise DataError(f"{source.name} was made with {recorded!r}; if you trust these, name them with --features.")
         return recorded
-    small = all(source.shape == (1, 8, 8) for source in sources.values())
-    return "digits64" if small else "random-conv"
+    shapes = {tuple(source.shape) for source in sources.values()}
+    return _BY_SHAPE.get(shapes.pop(), "random-conv") if len(shapes) == 1 else "random-conv"
 
 
 def _add_needs(plan: Plan, metric: Metric, key: str, used: Settings) -> None:

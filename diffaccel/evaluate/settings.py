@@ -7,8 +7,9 @@ import torch
 
 from ..core.errors import UsageError, unknown
 from .features.base import DTYPES
+from .modelsource import DEFAULT_NUM, Generation
 from .presets import get_preset
-from .sources import DEFAULT_NUM, Generation, Reading
+from .sources import Reading
 
 _DEFAULTS = {"kid_subset_size": 1000, "splits": 10, "k": 5}
 _LEAST = {"num": 2, "steps": 1, "batch_size": 1, "resize": 1, "workers": 0, "kid_subsets": 1, "kid_subset_size": 2}
@@ -38,6 +39,8 @@ class Settings:
         download: allow weights to be fetched from the hub.
         verify: require that published weights are used.
         num, steps, sampler, seed, batch_size: how images of a model are drawn.
+        guidance_scale: of classifier-free guidance; None for what the pipeline does by itself (see `generation.generate`).
+        prompts: file or teacher name, what a text-to-image model draws in turn; None for its own prompts.
         skip_bad: leave unusable image files out and list them in the report.
         resize: bring all images to this height and width first (Pillow, bicubic, antialiased, 8 bits).
         workers: processes that decode image files; None for as many as help (see `sources.Reading`).
@@ -65,6 +68,8 @@ class Settings:
     sampler: str | None = None
     seed: int = 0
     batch_size: int = 256
+    guidance_scale: float | int | None = None
+    prompts: str | None = None
     skip_bad: bool = False
     resize: int | None = None
     workers: int | None = None
@@ -138,7 +143,17 @@ class Settings:
     def generation(self) -> Generation:
         """How images of a model are drawn."""
         device = None if self.device == "auto" else self.device
-        return Generation(self.num, self.steps, self.sampler, self.seed, self.batch_size, device)
+        how = (
+            self.num,
+            self.steps,
+            self.sampler,
+            self.seed,
+            self.batch_size,
+            device,
+            self.guidance_scale,
+            self.prompts,
+        )
+        return Generation(*how)
 
     def reading(self) -> Reading:
         """How images are brought in."""

@@ -23,11 +23,13 @@ import torch
 from PIL import Image
 
 from ..core.errors import DataError, MissingWeightsError
+from ..core.rng import KeyedRandom
 
 PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 INTEGRITY = "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="  # SHA-512
 SIZE = 64
 FLAG_WEIGHT = 0.25
+_REFERENCE = 2000
 _TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium light skin tone",
@@ -72,6 +74,11 @@ class EmojiPictures:
         """(N,) float64: how often `draw` gives each picture."""
         _, _, count = self._by_concept()
         return (self.weight / self.weight.sum() / count)[self.concept]
+
+    def reference(self) -> torch.Tensor:
+        """Indices of 2,000 pictures, drawn once for all: what generated pictures of their captions are compared with."""
+        random = KeyedRandom(0)
+        return self.draw(*(random.uniform(f"prompts/{what}", 0, 0, _REFERENCE) for what in ("concept", "variant")))
 
     def _by_concept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count = torch.bincount(self.concept, minlength=len(self.weight))

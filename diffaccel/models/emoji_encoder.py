@@ -1,6 +1,7 @@
 """Picture and text encoder of the emoji: what tiny-sd reads prompts with, and what its pictures are judged by."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -8,7 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .shipped import ASSETS, check_shipped
+
 WEIGHTS = "encoder.safetensors"
+_SHIPPED = "tiny-sd"
 _HIDDEN, _LAYERS, _HEADS, _JOINT = 128, 3, 4, 64
 
 
@@ -25,7 +29,7 @@ class PictureEncoder(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, self.num_features), nn.ReLU())
         self.projection = nn.Linear(self.num_features, _JOINT, bias=False)
@@ -83,16 +87,50 @@ class EmojiEncoder(nn.Module):
         save_file(rest, folder / WEIGHTS)
 
     @classmethod
-    def load(cls, folder: Path) -> "EmojiEncoder":
-        """Inverse of `save`, in evaluation mode and frozen."""
+    def load(cls, folder: Path, rest: Path | None = None) -> "EmojiEncoder":
+        """Inverse of `save`, in evaluation mode and frozen.
+
+        Args:
+            folder: of text_encoder/ and tokenizer/.
+            rest: the file of the rest; default: in the same folder.
+        """
         from transformers import CLIPTextModel, CLIPTokenizer
 
         encoder = cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
         encoder.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+        weights = {name: tensor.float() for name, tensor in load_file(rest or folder / WEIGHTS).items()}
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.startswith("text.") for name in missing)
         return encoder.eval().requires_grad_(False)
+
+
+def picture_weights() -> Path:
+    """The shipped file of the picture encoder and the projections."""
+    return ASSETS / _SHIPPED / WEIGHTS
+
+
+def load_picture_encoder() -> PictureEncoder:
+    """The shipped picture encoder in evaluation mode, frozen; its hash is checked.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    check_shipped(_SHIPPED, WEIGHTS)
+    encoder, prefix = PictureEncoder(), "picture."
+    weights = load_file(picture_weights()).items()
+    encoder.load_state_dict({key.removeprefix(prefix): value.float() for key, value in weights if key.startswith(prefix)})
+    return encoder.eval().requires_grad_(False)
+
+
+def load_emoji_encoder() -> EmojiEncoder:
+    """The shipped encoder of pictures and texts; the text half is the text encoder of tiny-sd.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    for part in (WEIGHTS, "teacher/text_encoder", "teacher/tokenizer"):
+        check_shipped(_SHIPPED, part)
+    return EmojiEncoder.load(ASSETS / _SHIPPED / "teacher", picture_weights())
 
 
 def build_tokenizer(captions: list[str], vocabulary: int, longest: int):

@@ -7,6 +7,7 @@ from ..core.errors import DataError
 from ..core.files import sha256_file
 
 ASSETS = Path(__file__).parent / "assets"
+FIGURES, PICTURE = "figures.json", "samples.png"
 
 
 def shipped_hashes(name: str) -> dict[str, str]:
@@ -24,3 +25,14 @@ def check_shipped(name: str, below: str = "") -> None:
         file = ASSETS / name / path
         if path.startswith(below) and (not file.is_file() or sha256_file(file) != digest):
             raise DataError(f"{file} is missing or damaged (its SHA-256 does not match); reinstall diffaccel.")
+
+
+def shipped_size(name: str, below: str = "") -> int:
+    """Bytes of the shipped files of assets/NAME whose path starts with ``below``."""
+    return sum((ASSETS / name / path).stat().st_size for path in shipped_hashes(name) if path.startswith(below))
+
+
+def shipped_figures(name: str) -> dict:
+    """What was measured of the teacher in assets/NAME, by `benchmarks/teachers.py`; empty before that."""
+    file = ASSETS / name / FIGURES
+    return json.loads(file.read_text()) if file.is_file() else {}

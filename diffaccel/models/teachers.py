@@ -14,7 +14,7 @@ class TeacherInfo:
     name: as typed on the command line.
     summary: one line.
     repository: hub repository, or "" for a model inside the package.
-    size: download size (half precision where the repository has it).
+    size: download size (half precision where the repository has it), "" for a model inside the package.
     licence: of the weights.
     data: name of the real images that belong to it, or "".
     method: recommended distillation method.
@@ -38,7 +38,10 @@ _SCHEDULERS_ONLY = (
 TEACHERS = {
     info.name: info
     for info in (
-        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "0.7 MB", "Apache-2.0", "digits", pixels=True),
+        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "", "Apache-2.0", "digits", pixels=True),
+        TeacherInfo("digits-flow", "8×8 digits, ten classes, rectified-flow transformer of 1.2 M parameters", "", "", "Apache-2.0", "digits", pixels=True),
+        TeacherInfo("mnist", "28×28 digits, ten classes, pixel U-Net of 0.69 M parameters", "", "", "Apache-2.0", "mnist", pixels=True),
+        TeacherInfo("tiny-sd", "text to 64×64 emoji, latent U-Net of 9.3 M parameters, Stable Diffusion's layout", "", "", "Apache-2.0", "emoji"),
         TeacherInfo("sd15", "Stable Diffusion 1.5, text to 512×512", "stable-diffusion-v1-5/stable-diffusion-v1-5", "2.7 GB", "CreativeML OpenRAIL-M"),
         TeacherInfo("sd21", "Stable Diffusion 2.1, text to 768×768", "stabilityai/stable-diffusion-2-1", "2.6 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("sdxl", "Stable Diffusion XL, text to 1024×1024", "stabilityai/stable-diffusion-xl-base-1.0", "6.9 GB", "CreativeML OpenRAIL++-M"),
@@ -90,6 +93,23 @@ def resolve_teacher(name_or_path: str) -> tuple[Path, TeacherInfo | None]:
             + ("" if info.pixels else f" {_SCHEDULERS_ONLY}")
         )
     return Path(cached).parent, info
+
+
+def own_prompts(name_or_path: str) -> list[str] | None:
+    """The prompts that stand for what a text-to-image model was trained on: prompts.txt of its folder, a prompt a line.
+
+    None for a model without that file.
+
+    Raises:
+        UsageError, DataError, MissingWeightsError: as `resolve_teacher`; DataError for a file that is not text.
+    """
+    file = resolve_teacher(name_or_path)[0] / "prompts.txt"
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not text in UTF-8.") from None
 
 
 def load_pipeline(name_or_path: str):

@@ -250,7 +250,7 @@ def translated(config: Mapping) -> dict:
             )
     elif "beta_start" not in config:
         for key in ("invert_sigmas", "stochastic_sampling"):
-            if config.get(key):
+            if config.pop(key, False):  # taken out, because diffusers would tell users that it is ignored
                 raise UsageError(f"{key} is not available here; use the pipeline's own scheduler.")
         if (config.get("sigma_max") or 0.0) > 1.0:
             raise UsageError(f"A flow with sigma_max = {config['sigma_max']} is not available; use its own scheduler.")

@@ -42,6 +42,7 @@ class Denoising(Method):
 
     def __init__(self, config: Config, seed: int):
         self.config = config
+        self.reference = f"{config.data}:train"
         images, self.labels = load_labelled(config.data)
         self.images = to_unit_range(images)
         with seeded(seed):

@@ -83,9 +83,11 @@ class Method(ABC):
     Attributes:
         roles: trainable networks by name; frozen helpers (a teacher) are ordinary attributes.
         main_role: the role whose moving average is sampled, exported and evaluated.
+        reference: real images that the exported pipeline is measured against, as `evaluate` takes them; "" for none.
     """
 
     main_role: str
+    reference = ""
     roles: dict[str, nn.Module]
 
     @abstractmethod

@@ -9,7 +9,7 @@ METHODS = {
     "emoji-autoencoding": "diffaccel.training.autoencoding:EmojiAutoencoding",
     "emoji-contrast": "diffaccel.training.contrast:EmojiContrast",
     "emoji-text-to-image": "diffaccel.training.text_to_image:EmojiTextToImage",
-    "digits-classifier": "diffaccel.training.classification:DigitsClassification",
+    "classifier": "diffaccel.training.classification:DigitsClassification",
 }
 
 

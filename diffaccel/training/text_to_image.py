@@ -11,7 +11,7 @@ from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
 from ..models.emoji import load_emoji
-from ..models.emoji_encoder import EmojiEncoder
+from ..models.emoji_encoder import EmojiEncoder, save_tokenizer
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
 from .checkpoint import load_module
 from .method import Draw, Loss, Method, Phase
@@ -31,6 +31,7 @@ class EmojiTextToImage(Method):
     """
 
     main_role = "model"
+    reference = "emoji"
 
     @dataclass
     class Config:
@@ -136,7 +137,10 @@ class EmojiTextToImage(Method):
         return to_unit_range((images * 255.0).round())
 
     def export(self, model: UNetConditionDenoiser, folder: Path) -> None:
-        self._pipeline(model).to(dtype=torch.float16).save_pretrained(folder)
+        self._pipeline(model).save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
+        captions = (self.pictures.captions[index][0] for index in self.pictures.reference())
+        (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
 
     def _pipeline(self, model: UNetConditionDenoiser) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(

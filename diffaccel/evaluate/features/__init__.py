@@ -37,6 +37,12 @@ FEATURES = {
             "digits64", 64, "bundled digit classifier, 8×8 grey images", "own", f"{_HERE}.digits:DigitsFeatures"
         ),
         FeatureRecord(
+            "mnist64", 64, "bundled digit classifier, 28×28 grey images", "own", f"{_HERE}.digits:MnistFeatures"
+        ),
+        FeatureRecord(
+            "emoji128", 128, "bundled picture encoder of tiny-sd, 64×64 images", "own", f"{_HERE}.emoji:EmojiFeatures"
+        ),
+        FeatureRecord(
             "random-conv",
             128,
             "untrained convolutional net, any image size, no weights",

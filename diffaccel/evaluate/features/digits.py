@@ -1,4 +1,4 @@
-"""Features of the bundled digit classifier: the offline default for 8×8 grey images."""
+"""Features of the bundled digit classifiers: the offline defaults for 8×8 and 28×28 grey images."""
 
 import torch
 
@@ -17,6 +17,7 @@ class DigitsFeatures(FeatureExtractor):
     num_features = 64
     channels = 1
     image_size = (8, 8)
+    data = "digits"
     num_classes = 10
     preprocessing = "uint8 grey / 127.5 - 1, no resize"
 
@@ -24,7 +25,7 @@ class DigitsFeatures(FeatureExtractor):
         from ...models.classifier import load_digits_classifier
 
         super().__init__()
-        self.classifier = load_digits_classifier()
+        self.classifier = load_digits_classifier(self.data)
         self.eval()
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
@@ -37,3 +38,15 @@ class DigitsFeatures(FeatureExtractor):
     def weights_sha256(self) -> str:
         """SHA-256 that the classifier states for its weight file."""
         return self.classifier.sha256
+
+
+class MnistFeatures(DigitsFeatures):
+    """Penultimate activations (64) of the bundled MNIST classifier; the training images have covariance trace 100.
+
+    Raises:
+        DataError: the bundled weights are missing or damaged.
+    """
+
+    name = "mnist64"
+    image_size = (28, 28)
+    data = "mnist"

