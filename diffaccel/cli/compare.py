@@ -53,7 +53,7 @@ def guidance(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="What a text-to-image model draws in turn: text file with a prompt a line, or the teacher whose they are; "
+            help="What a text-to-image model draws in turn: text file with a prompt a line, or a teacher or folder that brings some; "
             "default: its own.",
             show_default=False,
         ),

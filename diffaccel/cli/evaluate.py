@@ -68,7 +68,7 @@ _OPTIONS = {
     "prompts": _option(
         _MODEL,
         str | None,
-        "What a text-to-image model draws in turn: text file with a prompt a line, or the teacher whose prompts they are; "
+        "What a text-to-image model draws in turn: text file with a prompt a line, or a teacher or folder that brings some; "
         "default: its own.",
     ),
     "skip_bad": _option(_FILES, bool, "Leave unusable files out and list them.", "--skip-bad"),

@@ -59,7 +59,8 @@ def sample(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file with a prompt a line, after those of --prompt; default: the teacher's own.",
+            help="Text file with a prompt a line, or a teacher or folder that brings some; they follow those of --prompt. "
+            "Default: the model's own.",
             show_default=False,
         ),
     ] = None,

@@ -14,7 +14,7 @@ DEFAULT_NUM = 2000
 class Generation:
     """How images of a model are drawn, see `generation.generate`; ignored by sides that hold images already.
 
-    ``prompts`` is a file or teacher name, see `prompts.load_prompts`.
+    ``prompts`` names a file or model, see `prompts.load_prompts`.
     """
 
     num: int = DEFAULT_NUM

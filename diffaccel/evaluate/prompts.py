@@ -1,9 +1,9 @@
-"""Prompts to draw, from a text file or those of an embedded teacher."""
+"""Prompts to draw, from a text file or those that a model brings."""
 
 from pathlib import Path
 
 from ..core.errors import DataError, UsageError
-from ..models.teachers import own_prompts
+from ..models.teachers import TEACHERS, own_prompts
 from .captions import load_captions
 
 
@@ -11,16 +11,19 @@ def load_prompts(path) -> list[str]:
     """Read prompts.
 
     Args:
-        path: text file in UTF-8 with a prompt a line; or, where there is no such file, the name of an embedded
-            text-to-image teacher, for its own prompts.
+        path: text file in UTF-8 with a prompt a line; or a teacher or model folder that brings prompts.
 
     Raises:
         UsageError: another kind of file than ``.txt``.
         DataError: not readable, not text, empty, or with empty lines.
     """
     path = Path(path).expanduser()
-    own = None if path.exists() else own_prompts(str(path))
-    if own is not None:
+    if path.is_dir() or (str(path) in TEACHERS and not path.exists()):
+        own = own_prompts(str(path))
+        if own is None:
+            raise DataError(
+                f"{path} brings no prompts; give a text file with a prompt a line, or a teacher such as tiny-sd."
+            )
         return own
     if path.suffix.lower() != ".txt":
         raise UsageError(f"{path} is no file of prompts; expected .txt, a prompt a line, or a teacher such as tiny-sd.")

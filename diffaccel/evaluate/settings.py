@@ -40,7 +40,7 @@ class Settings:
         verify: require that published weights are used.
         num, steps, sampler, seed, batch_size: how images of a model are drawn.
         guidance_scale: of classifier-free guidance; None for what the pipeline does by itself (see `generation.generate`).
-        prompts: file or teacher name, what a text-to-image model draws in turn; None for its own prompts.
+        prompts: what a text-to-image model draws in turn, see `prompts.load_prompts`; None for its own prompts.
         skip_bad: leave unusable image files out and list them in the report.
         resize: bring all images to this height and width first (Pillow, bicubic, antialiased, 8 bits).
         workers: processes that decode image files; None for as many as help (see `sources.Reading`).

@@ -9,8 +9,7 @@ import torch
 
 from ..core.errors import DataError, UsageError
 from .pixel import num_classes, sample_shape
-from .shipped import ASSETS
-from .teachers import TEACHERS, own_prompts
+from .teachers import own_prompts
 
 _TAKEN = {"prompt", "negative_prompt", "latents", "num_inference_steps", "guidance_scale", "generator", "output_type"}
 
@@ -166,7 +165,7 @@ class PromptMotifs(Motifs):
             raise UsageError(
                 f"Negatives of this model are prompts, such as perp-neg.negatives=leaf; got {arguments['class_labels']!r}."
             )
-        if self._negative is not None:
+        if self._negative:
             raise UsageError("Give negatives to the rule or a negative prompt to the pipeline, not both.")
 
 
@@ -203,10 +202,9 @@ def motifs_of(
 
 
 def prompts_of(pipeline) -> list[str] | None:
-    """The prompts that an opened text-to-image pipeline brings, in a fixed order; None if it brings none."""
-    folder = Path(getattr(pipeline, "name_or_path", None) or "")
-    name = next((name for name in TEACHERS if ASSETS / name / "teacher" == folder), None)
-    return own_prompts(name) if name else None
+    """The prompts that an opened text-to-image pipeline brings in the folder it came from, in a fixed order, or None."""
+    folder = getattr(pipeline, "name_or_path", None)  # a folder, or a name on the hub
+    return own_prompts(str(folder)) if folder and (Path(folder) / "model_index.json").is_file() else None
 
 
 def kind_of(network) -> str | None:

@@ -66,7 +66,11 @@ class EmojiTextToImage(Method):
         encoder = EmojiEncoder.load(Path(config.text))
         self.tokenizer, self.text_encoder = encoder.tokenizer, encoder.text
         self.scheduler = DPMSolverMultistepScheduler(
-            prediction_type=config.prediction_type, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
+            prediction_type=config.prediction_type,
+            beta_start=1e-4,
+            beta_end=0.02,
+            timestep_spacing="trailing",
+            steps_offset=1,  # has no effect here; StableDiffusionPipeline insists on it
         )
         every = range(len(config.channels))
         with seeded(seed):

@@ -11,8 +11,8 @@ from diffaccel.core.schedule import VPDiscrete
 from diffaccel.distill.methods.dmd import DMD
 from diffaccel.distill.methods.f_distill import BINS, FDistill
 from diffaccel.models.data import load_images
-from diffaccel.models.teachers import denoiser_of, load_pipeline
 from diffaccel.models.pixel import PixelDenoiser
+from diffaccel.models.teachers import denoiser_of, load_pipeline
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
 from diffaccel.training.method import Draw
 from diffaccel.training.rundir import RunDirectory
