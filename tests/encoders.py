@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from diffaccel.evaluate.features.pretrained import quiet_transformers
+from diffaccel.models.quiet import quiet_transformers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]

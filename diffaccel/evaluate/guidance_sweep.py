@@ -15,16 +15,26 @@ from ..guidance.registry import RULES, build_rule
 from ..guidance.rules import CFG
 from ..models.data import load_labelled
 from ..models.motifs import motifs_of
-from ..models.teachers import load_pipeline, resolve_teacher
-from .classes import class_accuracy
+from ..models.teachers import load_pipeline, own_prompts, resolve_teacher
+from .classes import caption_accuracy, class_accuracy
 from .features.appearance import AppearanceFeatures
 from .groups import within_classes
 from .run import evaluate_images
 from .sources import DATASETS, ImageSource, StatisticsSource, resolve
 
 UNGUIDED, SHOWN = "unguided", 20
-ACCURACY: dict[str, Callable[[torch.Tensor, torch.Tensor | list[str]], float]] = {"digits": class_accuracy}
-"""By data set: the share of images, uint8 (N, C, H, W), that show their classes (N,) or their N prompts."""
+
+
+def _emoji_accuracy(images: torch.Tensor, prompts: list[str]) -> float:
+    return caption_accuracy(images, prompts, own_prompts("tiny-sd"))
+
+
+ACCURACY: dict[tuple[str, str], Callable[[torch.Tensor, torch.Tensor | list[str]], float]] = {
+    ("digits", "classes"): class_accuracy,
+    ("mnist", "classes"): class_accuracy,
+    ("emoji", "prompts"): _emoji_accuracy,
+}
+"""By data set and kind of model: the share of images, uint8 (N, C, H, W), that show their classes (N,) or N prompts."""
 MEASURES = ("fd", "precision", "recall", "overshoot", *AppearanceFeatures.KINDS, "accuracy")
 
 
@@ -267,8 +277,9 @@ class _Target:
         report = evaluate_images((images, labels), self.name, wanted, self.features)
         found = {result.kind: result.value for result in report.results}
         values = {name: found.get(name) for name in ("precision", "recall", *AppearanceFeatures.KINDS)}
-        recognise = ACCURACY.get(self.dataset)
-        accuracy = recognise(images, labels if prompts is None else prompts) if recognise else None
+        motifs, shown = ("classes", labels) if prompts is None else ("prompts", prompts)
+        recognise = ACCURACY.get((self.dataset, motifs))
+        accuracy = recognise(images, shown) if recognise else None
         return {"fd": report["FD"].value, **values, "accuracy": accuracy, "report": report}
 
     @property

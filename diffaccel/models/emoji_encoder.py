@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .quiet import quiet_transformers
 from .shipped import ASSETS, check_shipped
 
 WEIGHTS = "encoder.safetensors"
@@ -81,7 +82,8 @@ class EmojiEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write text_encoder/ and tokenizer/ as Stable Diffusion has them, and the rest as one file."""
-        self.text.save_pretrained(folder / "text_encoder")
+        with quiet_transformers():
+            self.text.save_pretrained(folder / "text_encoder")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
         rest = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("text.")}
         save_file(rest, folder / WEIGHTS)
@@ -96,8 +98,9 @@ class EmojiEncoder(nn.Module):
         """
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        encoder = cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
-        encoder.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        with quiet_transformers():
+            encoder = cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+            encoder.text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
         weights = {name: tensor.float() for name, tensor in load_file(rest or folder / WEIGHTS).items()}
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.startswith("text.") for name in missing)

@@ -11,8 +11,16 @@ FIGURES, PICTURE = "figures.json", "samples.png"
 
 
 def shipped_hashes(name: str) -> dict[str, str]:
-    """SHA-256 of the files of assets/NAME, by path below it."""
-    return json.loads((ASSETS / name / "SHA256.json").read_text())
+    """SHA-256 of the files of assets/NAME, by path below it.
+
+    Raises:
+        DataError: the list of them is missing or damaged.
+    """
+    file = ASSETS / name / "SHA256.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise DataError(f"{file} is missing or damaged; reinstall diffaccel.") from None
 
 
 def check_shipped(name: str, below: str = "") -> None:

@@ -1,10 +1,12 @@
 """Teachers by name: the embedded ones, well-known hub repositories, and local folders."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError, MissingWeightsError, UsageError, unknown
+from .quiet import quiet_diffusers, quiet_transformers
 from .shipped import ASSETS, check_shipped
 
 
@@ -125,20 +127,16 @@ def load_pipeline(name_or_path: str):
     folder, _ = resolve_teacher(str(name_or_path))
     index = read_index(folder)
     import diffusers
-    from diffusers.utils import logging
 
     from .pipeline import ClassConditionalPipeline
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    textual = any(isinstance(part, list) and part[0] == "transformers" for part in index.values())
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with quiet_diffusers(), quiet_transformers() if textual else nullcontext():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"Cannot open {folder}: {reason}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     if _is_pixel_model(index) and not isinstance(pipeline, ClassConditionalPipeline):
         if pipeline.unet.config.num_class_embeds:
             raise UsageError(

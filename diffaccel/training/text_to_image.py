@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 
-from ..core.errors import UsageError
+from ..core.errors import DataError
 from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
 from ..models.emoji import load_emoji
-from ..models.emoji_encoder import EmojiEncoder, save_tokenizer
+from ..models.emoji_encoder import EmojiEncoder, load_emoji_encoder, save_tokenizer
+from ..models.shipped import ASSETS, check_shipped
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
 from .checkpoint import load_module
 from .method import Draw, Loss, Method, Phase
@@ -36,8 +38,8 @@ class EmojiTextToImage(Method):
     @dataclass
     class Config:
         """Attributes:
-        autoencoder: final/ of the recipe tiny-sd-vae.
-        text: final/ of the recipe tiny-sd-text.
+        autoencoder: final/ of the recipe tiny-sd-vae; "" for the one that is shipped.
+        text: final/ of the recipe tiny-sd-text; "" for the one that is shipped.
         start: a pipeline of the same shapes whose U-Net training begins with; "" for a fresh one.
         channels: widths of the resolutions 16, 8 and 4; text is read at the last two.
         prediction_type: what the network predicts.
@@ -58,12 +60,9 @@ class EmojiTextToImage(Method):
 
     def __init__(self, config: Config, seed: int):
         self.config = config
-        for name in ("autoencoder", "text"):
-            if not getattr(config, name):
-                raise UsageError(f"method.{name} is missing: the final/ folder of an earlier stage, see the recipe.")
         self.pictures = load_emoji(Path(config.archive) if config.archive else None)
-        self.autoencoder = AutoencoderKL.from_pretrained(config.autoencoder).eval().requires_grad_(False)
-        encoder = EmojiEncoder.load(Path(config.text))
+        self.autoencoder = _autoencoder(config.autoencoder).eval().requires_grad_(False)
+        encoder = _encoder(config.text)
         self.tokenizer, self.text_encoder = encoder.tokenizer, encoder.text
         self.scheduler = DPMSolverMultistepScheduler(
             prediction_type=config.prediction_type,
@@ -87,7 +86,7 @@ class EmojiTextToImage(Method):
                 norm_num_groups=8,
             )
         if config.start:
-            begun = UNet2DConditionModel.from_pretrained(config.start, subfolder="unet", torch_dtype=torch.float32)
+            begun = _opened(config.start, lambda path: UNet2DConditionModel.from_pretrained(path, subfolder="unet"))
             load_module(net, begun.state_dict(), config.start)
         null = encode_prompts(self.tokenizer, self.text_encoder, [""])[0]
         schedule = from_diffusers(self.scheduler)
@@ -157,3 +156,30 @@ class EmojiTextToImage(Method):
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def _autoencoder(folder: str) -> AutoencoderKL:
+    if folder:
+        return _opened(folder, AutoencoderKL.from_pretrained)
+    check_shipped("tiny-sd", "teacher/vae/")
+    return AutoencoderKL.from_pretrained(ASSETS / "tiny-sd" / "teacher" / "vae")
+
+
+def _encoder(folder: str) -> EmojiEncoder:
+    return _opened(folder, EmojiEncoder.load) if folder else load_emoji_encoder()
+
+
+def _opened(folder: str, load):
+    """What an earlier stage left in a folder.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise DataError(f"There is no folder {folder}; give final/ of a run of the earlier stage, see the recipe.")
+    try:
+        return load(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"Cannot use {folder}: {reason}") from error

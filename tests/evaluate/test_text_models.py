@@ -151,7 +151,7 @@ def test_accuracy_is_that_of_the_data_set(monkeypatch):
         asked.append((images.shape, labels[:3].tolist()))
         return 0.5
 
-    monkeypatch.setitem(guidance_sweep.ACCURACY, "digits", accuracy)
+    monkeypatch.setitem(guidance_sweep.ACCURACY, ("digits", "classes"), accuracy)
     sweep = sweep_guidance("digits", ("cfg",), (2.0,), num=20, steps=1, reference="digits:heldout")
     assert sweep.rows[1].mean("accuracy") == 0.5 and asked[0] == ((20, 1, 8, 8), [0, 1, 2])
 

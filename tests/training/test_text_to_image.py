@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from emoji import synthetic_pictures
 
-from diffaccel.core.errors import UsageError
+from diffaccel.core.errors import DataError
 from diffaccel.core.images import to_unit_range
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.models.unet_condition import encode_prompts
@@ -162,8 +162,9 @@ def test_training_begins_with_another_pipeline_where_told(method, pipeline_folde
         assert torch.equal(value, stored.state_dict()[name])
 
 
-@pytest.mark.parametrize("missing", ["autoencoder", "text"])
-def test_stages_that_are_missing_are_named(method, missing):
-    config = text_to_image.EmojiTextToImage.Config(**{**vars(method.config), missing: ""})
-    with pytest.raises(UsageError, match=f"method.{missing} is missing"):
-        text_to_image.EmojiTextToImage(config, 0)
+@pytest.mark.parametrize("missing", ["autoencoder", "text", "start"])
+def test_stages_that_are_missing_are_named(method, missing, tmp_path):
+    for folder, words in ((tmp_path / "nothing", "There is no folder"), (tmp_path, "Cannot use")):
+        config = text_to_image.EmojiTextToImage.Config(**{**vars(method.config), missing: str(folder)})
+        with pytest.raises(DataError, match=words):
+            text_to_image.EmojiTextToImage(config, 0)

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ...core.errors import DataError, MissingWeightsError, UsageError
+from ...models.quiet import quiet_transformers
 from .base import DTYPES
-from .pretrained import Architecture, PretrainedFeatures, quiet_transformers
+from .pretrained import Architecture, PretrainedFeatures
 from .resize import resize
 
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")

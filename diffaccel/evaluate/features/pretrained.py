@@ -3,15 +3,14 @@
 import hashlib
 import json
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...core.errors import DataError, MissingWeightsError
+from ...models.quiet import quiet_transformers
 from .base import FeatureExtractor
 
 _CONFIG, _TENSORS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -215,24 +214,6 @@ def load_model(folder: Path, architecture: Architecture):
     if missing:  # transformers fills them with random numbers and goes on
         raise DataError(f"{folder} lacks {len(missing)} of the tensors of its model, the first is {missing[0]}.")
     return model.float().eval().requires_grad_(False)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' warnings, load reports and progress bars off stderr; its settings come back afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _json(file: Path):
