@@ -14,7 +14,7 @@ from .core.errors import NumericalError, UsageError, unknown
 from .core.files import check_target
 from .core.images import to_uint8
 from .core.processes import Processes
-from .evaluate.features import get_features
+from .evaluate.features import features_for, get_features
 from .evaluate.metrics.frechet import distance
 from .evaluate.moments import Moments
 from .evaluate.monitor import Monitor
@@ -216,9 +216,8 @@ class _Frechet:
         vectors = samples.flatten(1)
         if not self._plain:
             if self._extractor is None:
-                small = tuple(samples.shape[1:]) == (1, 8, 8)
-                name = self._features if self._features != "auto" else "digits64" if small else "random-conv"
-                self._extractor = get_features(name)
+                given = self._features
+                self._extractor = get_features(features_for(samples.shape[1:]) if given == "auto" else given)
             with torch.no_grad():
                 vectors = self._extractor(to_uint8(samples))
         return Moments(vectors.shape[1]).update(vectors).gaussian()

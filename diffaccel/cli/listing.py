@@ -74,7 +74,14 @@ def _teachers():
 def _teacher(info) -> dict:
     from ..models.shipped import ASSETS, PICTURE, shipped_figures, shipped_size
 
-    row = {"name": info.name, "what": info.summary, "size": info.size, "data": info.data, "licence": info.licence, "FD": ""}
+    row = {
+        "name": info.name,
+        "what": info.summary,
+        "size": info.size,
+        "data": info.data,
+        "licence": info.licence,
+        "FD": "",
+    }
     if info.repository:
         return row | {"from, picture": info.repository}
     figures = shipped_figures(info.name)

@@ -8,7 +8,7 @@ import torch
 
 from ..core.errors import DataError, UsageError, unknown
 from .collect import CAPTIONS, CLASSES, VECTORS, Side
-from .features import FEATURES, FeatureExtractor, get_features
+from .features import FEATURES, FeatureExtractor, features_for, get_features
 from .features.appearance import AppearanceFeatures
 from .groups import assign_groups
 from .measure import CLIP, MAIN, METRICS, NEEDED, PIXELS, UNUSED, Metric
@@ -17,7 +17,6 @@ from .settings import Settings
 from .sources import ImageSource, ModelSource, StatisticsSource, resolve
 from .statistics import check_features
 
-_BY_SHAPE = {(1, 8, 8): "digits64", (1, 28, 28): "mnist64"}
 _DRAWING = ("num", "steps", "sampler", "batch_size", "guidance_scale", "prompts")  # settings of models only
 
 
@@ -158,7 +157,7 @@ def fitting_features(sources: dict) -> str:
             raise DataError(f"{source.name} was made with {recorded!r}; if you trust these, name them with --features.")
         return recorded
     shapes = {tuple(source.shape) for source in sources.values()}
-    return _BY_SHAPE.get(shapes.pop(), "random-conv") if len(shapes) == 1 else "random-conv"
+    return features_for(shapes.pop()) if len(shapes) == 1 else "random-conv"
 
 
 def _add_needs(plan: Plan, metric: Metric, key: str, used: Settings) -> None:

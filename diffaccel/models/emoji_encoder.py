@@ -1,6 +1,7 @@
 """Picture and text encoder of the emoji: what tiny-sd reads prompts with, and what its pictures are judged by."""
 
 import json
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -121,10 +122,13 @@ def load_picture_encoder() -> PictureEncoder:
     check_shipped(_SHIPPED, WEIGHTS)
     encoder, prefix = PictureEncoder(), "picture."
     weights = load_file(picture_weights()).items()
-    encoder.load_state_dict({key.removeprefix(prefix): value.float() for key, value in weights if key.startswith(prefix)})
+    encoder.load_state_dict(
+        {key.removeprefix(prefix): value.float() for key, value in weights if key.startswith(prefix)}
+    )
     return encoder.eval().requires_grad_(False)
 
 
+@lru_cache(maxsize=1)
 def load_emoji_encoder() -> EmojiEncoder:
     """The shipped encoder of pictures and texts; the text half is the text encoder of tiny-sd.
 

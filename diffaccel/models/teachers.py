@@ -20,7 +20,7 @@ class TeacherInfo:
     licence: of the weights.
     data: name of the real images that belong to it, or "".
     method: recommended distillation method.
-    pixels: whether this version can distil and sample it itself; the others take its schedulers in diffusers.
+    pixels: whether it is a pixel model, which this version can distil.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TeacherInfo:
 
 
 _SCHEDULERS_ONLY = (
-    "Note that this version distils and samples pixel models only; for this one, its schedulers work inside diffusers: "
+    "Note that this version distils pixel models only; for this one, its schedulers work inside diffusers: "
     "pipe.scheduler = diffaccel.DEISScheduler.from_config(pipe.scheduler.config)."
 )
 TEACHERS = {
@@ -127,6 +127,7 @@ def load_pipeline(name_or_path: str):
     folder, _ = resolve_teacher(str(name_or_path))
     index = read_index(folder)
     import diffusers
+    import torch
 
     from .pipeline import ClassConditionalPipeline
 
@@ -145,7 +146,8 @@ def load_pipeline(name_or_path: str):
             )
         pipeline = ClassConditionalPipeline(pipeline.unet, pipeline.scheduler, num_inference_steps=50)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    # transformers opens text encoders in the precision they were stored in, diffusers all else in single precision.
+    return pipeline.to(torch.float32) if textual else pipeline
 
 
 def load_denoiser(name_or_path: str):

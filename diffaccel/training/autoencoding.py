@@ -90,7 +90,9 @@ class EmojiAutoencoding(Method):
             [one[:, r : r + SIZE, c : c + SIZE] for one, (r, c) in zip(padded, shifts.tolist(), strict=True)]
         )
         ground = torch.stack([draw.uniform(f"ground/{channel}").cpu() for channel in "rgb"], 1).float()
-        ground = torch.where(draw.uniform("coloured").cpu()[:, None] < self.config.coloured, ground, 1.0)[..., None, None]
+        ground = torch.where(draw.uniform("coloured").cpu()[:, None] < self.config.coloured, ground, 1.0)[
+            ..., None, None
+        ]
         colour, opacity = rgba[:, :3].float() / 255.0, rgba[:, 3:].float() / 255.0
         return (2.0 * (colour * opacity + ground * (1.0 - opacity)) - 1.0).to(draw.device)
 
@@ -102,7 +104,9 @@ class EmojiAutoencoding(Method):
     def samples(self, model: AutoencoderKL, random: KeyedRandom) -> torch.Tensor:
         """Rows of originals, each above what is left of it."""
         x = self._shown(model.device)
-        pairs = [rows for pair in zip(x.split(10), self._reconstructed(model, x).split(10), strict=True) for rows in pair]
+        pairs = [
+            rows for pair in zip(x.split(10), self._reconstructed(model, x).split(10), strict=True) for rows in pair
+        ]
         return torch.cat(pairs)
 
     def validate(self, model: AutoencoderKL) -> dict[str, float]:
@@ -116,9 +120,7 @@ class EmojiAutoencoding(Method):
     @torch.no_grad()
     def export(self, model: AutoencoderKL, folder: Path) -> None:
         model = model.cpu()
-        latents = [
-            model.encode(part).latent_dist.mode() for part in to_unit_range(self.pictures.on_white()).split(256)
-        ]
+        latents = [model.encode(part).latent_dist.mode() for part in to_unit_range(self.pictures.on_white()).split(256)]
         weight = self.pictures.probabilities()
         values = torch.cat(latents).double().flatten(2).transpose(0, 1)  # (channels, N, pixels)
         mean = (values.mean(2) * weight).sum(1)

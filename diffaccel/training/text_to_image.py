@@ -74,7 +74,8 @@ class EmojiTextToImage(Method):
         every = range(len(config.channels))
         with seeded(seed):
             net = UNet2DConditionModel(
-                sample_size=self.autoencoder.config.sample_size // 2 ** (len(self.autoencoder.config.block_out_channels) - 1),
+                sample_size=self.autoencoder.config.sample_size
+                // 2 ** (len(self.autoencoder.config.block_out_channels) - 1),
                 in_channels=self.autoencoder.config.latent_channels,
                 out_channels=self.autoencoder.config.latent_channels,
                 layers_per_block=1,

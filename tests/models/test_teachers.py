@@ -13,6 +13,7 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 from networks import tiny_unet
+from pipelines import PIPELINES
 
 from diffaccel.core.errors import DataError, MissingWeightsError, UsageError
 from diffaccel.core.schedule import Flow
@@ -95,3 +96,12 @@ def test_the_pipeline_checks_its_labels_and_noise():
         pipeline(class_labels=[1, 2], noise=torch.zeros(1, 1, 8, 8))
     images = pipeline(class_labels=3, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
     assert images.shape == (1, 8, 8, 1) and 0.0 <= images.min() <= images.max() <= 1.0
+
+
+def test_a_text_model_stored_in_half_precision_computes_in_single_precision(tmp_path):
+    pipe = PIPELINES["sd"].build()
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert {part.dtype for part in (again.unet, again.vae, again.text_encoder)} == {torch.float32}
+    images = again("a", num_inference_steps=1, output_type="np").images
+    assert images.shape[-1] == 3

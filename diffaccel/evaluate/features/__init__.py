@@ -77,6 +77,14 @@ FEATURES = {
 }
 
 
+_BY_SHAPE = {(1, 8, 8): "digits64", (1, 28, 28): "mnist64"}
+
+
+def features_for(shape) -> str:
+    """Name of the bundled extractor that suits images of a shape (C, H, W), when nothing else is known of them."""
+    return _BY_SHAPE.get(tuple(shape), "random-conv")
+
+
 def get_features(name: str, **options) -> FeatureExtractor:
     """Build the extractor with a registered name, or one of a user's own class.
 
@@ -105,4 +113,4 @@ def get_features(name: str, **options) -> FeatureExtractor:
     return load_object(record.target)(**given)
 
 
-__all__ = ["FEATURES", "FeatureExtractor", "FeatureRecord", "Logits", "get_features"]
+__all__ = ["FEATURES", "FeatureExtractor", "FeatureRecord", "Logits", "features_for", "get_features"]
