@@ -31,7 +31,7 @@ class Settings:
     Attributes:
         metrics: names in `measure.METRICS`.
         features: registered extractor, "module:pkg.mod:Class", or "auto": what a statistics file was made with, else
-            digits64 for 8×8 grey images, else random-conv with a note.
+            digits64 or mnist64 for 8×8 or 28×28 grey images, else random-conv with a note.
         weights: file, folder or hub name of the extractor's weights; for one that is not bundled.
         clip_weights: the same for the CLIP model of cmmd and clip.
         filter: resize filter of the inception features (`features.resize.FILTERS`).
