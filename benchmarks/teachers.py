@@ -34,7 +34,7 @@ from diffaccel.models.shipped import ASSETS, FIGURES, PICTURE
 from diffaccel.models.teachers import load_pipeline, own_prompts
 from diffaccel.samplers.registry import get_sampler
 
-LONG, STEPS = 50, (5, 8, 10, 20)
+LONG, GUIDED, STEPS = 50, 20, (5, 8, 10, 20)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Case:
 CASES = {
     "digits": Case("digits", "digits64", 355, 3),
     "digits-flow": Case("digits", "digits64", 355, 3),
-    "mnist": Case("mnist", "mnist64", 1000),
-    "tiny-sd": Case("emoji", "emoji128", 1000, scales=(3.0, 1.0, 2.0, 5.0, 7.5, 12.0)),
+    "mnist": Case("mnist", "mnist64", 500),
+    "tiny-sd": Case("emoji", "emoji128", 500, scales=(3.0, 1.0, 2.0, 5.0, 7.5, 12.0)),
 }
 
 
@@ -83,32 +83,33 @@ class Bench:
         parts = images.split(self.case.num)
         return sum(distance(self.reference, self._gaussian(part)) for part in parts) / len(parts)
 
-    def accuracy(self, images: torch.Tensor, labels) -> float:
+    def accuracy(self, images: torch.Tensor, asked) -> list[float]:
+        """Share of images that are what was asked for: a class, or a prompt, which may also be among the nearest five."""
         if self.prompts is None:
-            return class_accuracy(images, labels)
-        return caption_accuracy(images, self.prompts[: len(images)], self.prompts)
+            return [class_accuracy(images, asked)]
+        return [caption_accuracy(images, asked, self.prompts, most) for most in (1, 5)]
 
-    def real(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As many real images as a distance takes, none of them of the reference where there are others."""
+    def real(self) -> tuple[torch.Tensor, torch.Tensor | list[str]]:
+        """Real images, none of them of the reference where there are others, and their classes or captions."""
         if self.prompts is None:
             return load_labelled(self.case.data, "heldout")
         pictures, random = load_emoji(), KeyedRandom(1)
         index = pictures.draw(*(random.uniform(what, 0, 0, self.case.num) for what in ("concept", "variant")))
-        return pictures.on_white()[index], None
+        return pictures.on_white()[index], [pictures.captions[i][0] for i in index]
 
-    def drawn(self, scheduler=None, *, steps: int, scale: float, sampler: str | None = None):
+    def drawn(self, scheduler, steps: int, scale: float):
         """Images and labels from the same noise whatever the settings are."""
         own = self.pipeline.scheduler
         try:
-            self.pipeline.scheduler = scheduler or own
+            self.pipeline.scheduler = scheduler
             batches = generate(
-                self.pipeline, self.case.num * self.case.groups, steps=steps, sampler=sampler, guidance_scale=scale,
+                self.pipeline, self.case.num * self.case.groups, steps=steps, guidance_scale=scale,
                 batch_size=128, **({} if self.prompts is None else {"prompts": self.prompts}),
             )  # fmt: skip
             images, labels = zip(*batches, strict=True)
         finally:
             self.pipeline.scheduler = own
-        return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+        return torch.cat(images), batches.prompts or torch.cat(labels)
 
     def schedulers(self) -> dict:
         """Makers by label: diffusers' customary ones on their customary grids, then our default."""
@@ -137,18 +138,17 @@ def measure(name: str, ship: bool) -> dict:
     """All figures of one teacher, printed on the way."""
     bench = Bench(name)
     scale = bench.case.scales[0]
-    real, labels = bench.real()
-    floor = bench.fd(real)
-    ceiling = bench.accuracy(real, labels) if labels is not None else None
-    images, labels = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=LONG, scale=scale)
+    real, asked = bench.real()
+    ceiling = bench.accuracy(real, asked)
+    images, asked = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=LONG, scale=scale)
     found = {
-        "fd": bench.fd(images), "floor": floor, "features": bench.case.features, "steps": LONG, "num": bench.case.num,
-        "guidance_scale": scale, "accuracy": bench.accuracy(images, labels), "accuracy_real": ceiling,
+        "fd": bench.fd(images), "floor": bench.fd(real), "features": bench.case.features, "steps": LONG,
+        "num": bench.case.num, "guidance_scale": scale, "accuracy": bench.accuracy(images, asked), "accuracy_real": ceiling,
     }  # fmt: skip
     print(f"{name}: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
     if ship:
         (ASSETS / name / FIGURES).write_text(json.dumps(found, indent=1) + "\n")
-        save_grid(_shown(bench, images, labels), ASSETS / name / PICTURE)
+        save_grid(_shown(bench, images, asked), ASSETS / name / PICTURE)
 
     curves = {}
     for label, make in bench.schedulers().items():
@@ -158,10 +158,11 @@ def measure(name: str, ship: bool) -> dict:
 
     guided, appearance = [], AppearanceFeatures()
     for value in sorted(bench.case.scales):
-        images, labels = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=20, scale=value)
+        images, asked = bench.drawn(bench.schedulers()["DPM++ 2M"](), steps=GUIDED, scale=value)
         look = appearance(images.expand(-1, 3, -1, -1)).double().mean(0).tolist()
-        guided.append([value, bench.fd(images), bench.accuracy(images, labels), *look])
-    header = ["guidance scale, 20 steps", "FD", "accuracy", *AppearanceFeatures.KINDS]
+        guided.append([value, bench.fd(images), bench.accuracy(images, asked)[-1], *look])
+    top = "accuracy" if bench.prompts is None else "among nearest five"
+    header = [f"guidance scale, {GUIDED} steps", "FD", top, *AppearanceFeatures.KINDS]
     print(table(header, [[f"{row[0]:g}", *(f"{value:.3f}" for value in row[1:])] for row in guided]), "\n")
     return {
         **found,
@@ -170,11 +171,11 @@ def measure(name: str, ship: bool) -> dict:
     }
 
 
-def _shown(bench: Bench, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def _shown(bench: Bench, images: torch.Tensor, asked) -> torch.Tensor:
     """Ten a class, one class a row; of tiny-sd the first fifty."""
-    if labels is None:
+    if bench.prompts is not None:
         return images[:50]
-    return images[torch.cat([torch.nonzero(labels == label)[:10, 0] for label in range(10)])]
+    return images[torch.cat([torch.nonzero(asked == label)[:10, 0] for label in range(10)])]
 
 
 def plot(name: str, found: dict, folder: Path) -> None:
@@ -196,7 +197,7 @@ def plot(name: str, found: dict, folder: Path) -> None:
     left.legend(fontsize=8)
     scales = [row[0] for row in found["guidance"]]
     right.plot(scales, [row[1] for row in found["guidance"]], marker="o", color="black", label="FD")
-    right.set(xlabel="guidance scale, DPM++ 2M, 20 steps", ylabel="FD")
+    right.set(xlabel=f"guidance scale, DPM++ 2M, {GUIDED} steps", ylabel="FD")
     share = right.twinx()
     columns = (2, 3) if name == "tiny-sd" else (2, 5)
     for column in columns:

@@ -32,6 +32,10 @@ def train(
     - `diffaccel train --recipe digits -o runs/teacher --resume`
 
     - `diffaccel train --recipe digits-features --seed 1`
+
+    - `diffaccel train --recipe tiny-sd -o runs/sd --set method.autoencoder=runs/vae/final --set method.text=runs/text/final`
+
+    - `torchrun --nproc_per_node 2 -m diffaccel train --recipe mnist -o runs/mnist`
     """
     from ..core.processes import is_main_process
     from ..training.launch import launch, stored_settings
