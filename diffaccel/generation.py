@@ -23,7 +23,7 @@ from .guidance.context import Context
 from .guidance.levels import level_of
 from .guidance.registry import build_rule
 from .guidance.rules import CFG, COND, UNCOND, CFGPlusPlus, Rule
-from .models.motifs import Motifs, kind_of, motifs_of
+from .models.conditioning import Conditioning, conditioning_of, kind_of
 from .models.teachers import load_pipeline
 from .samplers.registry import get_sampler
 
@@ -127,13 +127,13 @@ def generate(
     pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
     if guidance_of(pipeline) is not None:
         raise UsageError("This pipeline is guided already: end that, with disable_guidance(pipe), and pass guidance=.")
-    motifs = motifs_of(pipeline, classes, prompts, negative_prompt)
+    conditioning = conditioning_of(pipeline, classes, prompts, negative_prompt)
     if device or isinstance(model, (str, Path)):
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if rule is None:
-        scale = motifs.scale(guidance_scale)
+        scale = conditioning.scale(guidance_scale)
     else:
-        _check_fit(rule, motifs, by_name=isinstance(guidance, str))
+        _check_fit(rule, conditioning, by_name=isinstance(guidance, str))
         scale = 2.0 if UNCOND in rule.requires else 1.0  # any that runs the branches it needs: its own is what counts
     acting = rule or CFG(scale)
     if negative_prompt and UNCOND not in acting.requires:
@@ -147,9 +147,9 @@ def generate(
     steps = steps or pipeline.config.get("num_inference_steps") or DEFAULT_STEPS
     cost = _cost(scheduler, acting, steps)
     starts = range(0, num, batch_size)[shard[0] :: shard[1]]
-    batches = _batches(motifs, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost)
-    shown = motifs.prompts and list(islice(cycle(motifs.prompts), num))
-    return Drawing(batches, steps, cost, getattr(_inner(acting), "scale", None), motifs.image_shape, shown)
+    batches = _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost)
+    shown = conditioning.prompts and list(islice(cycle(conditioning.prompts), num))
+    return Drawing(batches, steps, cost, getattr(_inner(acting), "scale", None), conditioning.image_shape, shown)
 
 
 def progress_bar(total: int, shown: bool) -> tqdm:
@@ -178,24 +178,24 @@ def _rule(guidance, scale: float | None, options: Mapping | None) -> Rule | None
     return guidance
 
 
-def _check_fit(rule: Rule, motifs: Motifs, by_name: bool) -> None:
+def _check_fit(rule: Rule, conditioning: Conditioning, by_name: bool) -> None:
     """Refuse what the rule needs and the model does not have; networks of a rule given by name go to its device."""
     if getattr(_inner(rule), "particles", 1) > 1:
         raise UsageError(
             f"{rule.title} draws groups of images that depend on each other, and here an image depends on seed and index "
             "only; call the pipeline itself inside diffaccel.guide(pipeline, rule)."
         )
-    if UNCOND in rule.requires and not motifs.guidable:
+    if UNCOND in rule.requires and not conditioning.guidable:
         raise UsageError("This model has no classes, so there is nothing to guide it by; leave guidance out.")
     for extra in map(rule.extra, sorted(rule.requires - {COND, UNCOND})):
         if extra.network is not None:
-            weak, own = map(kind_of, (extra.network, motifs.network))
+            weak, own = map(kind_of, (extra.network, conditioning.network))
             if weak not in (own, None):
                 raise UsageError(f"autoguidance needs two models of one kind; the weak one has {weak}, this one {own}.")
             if by_name:
-                extra.network.to(motifs.pipeline.device)
+                extra.network.to(conditioning.pipeline.device)
         if extra.arguments is not None:
-            motifs.check_negatives(extra.arguments)
+            conditioning.check_negatives(extra.arguments)
 
 
 def _inner(rule: Rule) -> Rule:
@@ -230,28 +230,31 @@ def _cost(scheduler, rule: Rule, steps: int) -> int:
     return sum(len(rule.branches(Context(step, len(times), level))) for step, level in enumerate(levels))
 
 
-def _batches(motifs, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost):
-    pipeline, random = motifs.pipeline, KeyedRandom(seed)
-    own, networks = pipeline.scheduler, {motifs.network} if rule is None else {motifs.network, *_networks(rule)}
+def _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, batch_size, progress, cost):
+    pipeline, random = conditioning.pipeline, KeyedRandom(seed)
+    own, networks = (
+        pipeline.scheduler,
+        {conditioning.network} if rule is None else {conditioning.network, *_networks(rule)},
+    )
     total = sum(min(batch_size, num - start) for start in starts)
     pipeline.scheduler = scheduler
     try:
         with nullcontext(progress) if isinstance(progress, tqdm) else progress_bar(total, progress) as bar:
             for start in starts:
                 count = min(batch_size, num - start)
-                noise = random.normal("sample", 0, start, count, motifs.sample_shape)
+                noise = random.normal("sample", 0, start, count, conditioning.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
                 guided = nullcontext() if rule is None else guide(pipeline, rule)
                 with _counted(networks, lambda rows: bar.update(rows / cost)), guided:
                     images = pipeline(
-                        **motifs.arguments(start, noise),
+                        **conditioning.arguments(start, noise),
                         num_inference_steps=steps,
                         guidance_scale=scale,
                         generator=[torch.Generator().manual_seed(value) for value in seeds],
                         output_type="pt",
                         return_dict=False,
                     )[0]
-                yield to_uint8(motifs.signed(images.float().cpu())), motifs.labels(start, count)
+                yield to_uint8(conditioning.signed(images.float().cpu())), conditioning.labels(start, count)
     finally:
         pipeline.scheduler = own
 

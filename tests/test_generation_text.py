@@ -10,7 +10,7 @@ from diffaccel.core.errors import DataError, UsageError
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.generation import DEFAULT_STEPS, generate
 from diffaccel.guidance.attach import guide
-from diffaccel.models.motifs import motifs_of
+from diffaccel.models.conditioning import conditioning_of
 
 PROMPTS = ["red apple", "grinning face", "umbrella"]
 
@@ -183,4 +183,4 @@ def test_other_pipelines_are_named(name):
     from pipelines import GUIDED
 
     with pytest.raises(DataError, match="Stable Diffusion's layout"):
-        motifs_of(GUIDED[name].build(), prompts="apple")
+        conditioning_of(GUIDED[name].build(), prompts="apple")

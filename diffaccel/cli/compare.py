@@ -82,7 +82,7 @@ def guidance(
     from ..core.processes import usable_device
 
     device = device and str(usable_device(device))
-    from ..evaluate.prompts import load_prompts
+    from ..models.prompts import load_prompts
 
     texts = None if prompts is None else load_prompts(prompts)
     from ..evaluate.guidance_page import header, lines, notes, write_sweep

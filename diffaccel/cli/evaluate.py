@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 
 _SIDE = (
-    "Image folder, zip, statistics (.npz, .safetensors), dataset (digits, digits:heldout), model folder, or teacher "
+    "Image folder, zip, statistics (.npz, .safetensors), dataset (digits, digits:heldout, mnist, emoji), model folder, or teacher "
     "(model:digits)."
 )
 _FEATURES, _CLIP, _MODEL, _FILES = "Features", "CLIP model", "Images of a model", "Image files"
@@ -31,7 +31,7 @@ _OPTIONS = {
     "features": _option(
         _FEATURES,
         str | None,
-        "digits64, random-conv, inception, dinov2, clip, module:PKG.MOD:CLASS, or auto (the default: what a statistics "
+        "digits64, mnist64, emoji128, random-conv, inception, dinov2, clip, module:PKG.MOD:CLASS, or auto (the default: what a statistics "
         "file was made with, else by image size).",
     ),
     "weights": _option(

@@ -74,21 +74,18 @@ def _teachers():
 def _teacher(info) -> dict:
     from ..models.shipped import ASSETS, PICTURE, shipped_figures, shipped_size
 
-    row = {
+    shipped = not info.repository
+    figures, picture = shipped_figures(info.name), ASSETS / info.name / PICTURE
+    return {
         "name": info.name,
         "what": info.summary,
-        "size": info.size,
+        "size": f"{shipped_size(info.name, 'teacher/') / 2**20:.1f} MiB" if shipped else info.size,
+        "from": "embedded" if shipped else info.repository,
         "data": info.data,
         "licence": info.licence,
-        "FD": "",
+        "FD (real images)": "{fd:.2f} ({floor:.2f}) {features}".format(**figures) if figures else "",
+        "picture": str(picture) if picture.is_file() else "",
     }
-    if info.repository:
-        return row | {"from, picture": info.repository}
-    figures = shipped_figures(info.name)
-    row["size"] = f"{shipped_size(info.name, 'teacher/') / 2**20:.1f} MiB"
-    if figures:
-        row["FD"] = f"{figures['fd']:.2f} (data {figures['floor']:.2f})"
-    return row | {"from, picture": str(ASSETS / info.name / PICTURE)}
 
 
 def _recipes():

@@ -285,6 +285,6 @@ def _prompts(typed: list[str] | None, file: Path | None) -> list[str] | None:
     """
     if file is None:
         return typed or None
-    from ..evaluate.prompts import load_prompts
+    from ..models.prompts import load_prompts
 
     return [*(typed or []), *load_prompts(file)]

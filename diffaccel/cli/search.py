@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..core.config import parse_overrides
-from ..core.errors import DataError, InterruptedRun, UsageError, unknown
+from ..core.errors import InterruptedRun, UsageError, unknown
 from .output import make_folder, note, table
 
 _BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} schedules{postfix}"
@@ -33,7 +33,10 @@ def search(
         _files("--output", "-o", help="The plan, a .json file; log, .png and .html go beside it.", show_default=False),
     ],
     guidance_scale: Annotated[float | None, _model(help="As in the pipeline's call; default: the pipeline's.")] = None,
-    prompts: Annotated[Path | None, _model(help="Of text-to-image models: a text file, one prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        _model(help="Of text-to-image models: a text file, one prompt a line, or a teacher; default: the model's own."),
+    ] = None,
     negative_prompt: Annotated[str | None, _model(help="Beside every prompt.")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -99,7 +102,7 @@ def search(
         parse_budget(budget)
         return {
             "call": _call(overrides, guidance_scale),
-            "conditions": _conditions(prompts, negative_prompt),
+            "conditions": _conditions(model, prompts, negative_prompt),
             "genes": _genes(fix, strategy),
         }
 
@@ -208,23 +211,15 @@ def _call(overrides: list[str] | None, guidance_scale: float | None) -> dict:
     return {**call, "guidance_scale": guidance_scale}
 
 
-def _conditions(prompts: Path | None, negative: str | None) -> list[dict] | None:
+def _conditions(model: str, prompts: Path | None, negative: str | None) -> list[dict] | None:
     """Arguments of the pipeline's call by sample: every prompt with the negative one, of which pipelines want as many."""
-    if prompts is None:
+    from ..models.prompts import load_prompts, own_prompts
+
+    found = own_prompts(model) if prompts is None else load_prompts(prompts)
+    if found is None:
         if negative is not None:
             raise UsageError("--negative-prompt stands beside prompts: give those with --prompts FILE.")
         return None
-    try:
-        text = prompts.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"Cannot read the prompts {prompts}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise DataError(f"{prompts} is not text in UTF-8; write one prompt a line.")
-    found = [line.strip() for line in text.split("\n") if line.strip()]
-    if not found:
-        raise DataError(f"{prompts} holds no prompt; write one a line.")
     return [{"prompt": one} | ({} if negative is None else {"negative_prompt": negative}) for one in found]
 
 

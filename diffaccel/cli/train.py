@@ -68,7 +68,7 @@ def train(
     if method.reference:
         from ..evaluate.run import evaluate_fid
 
-        report = evaluate_fid(final, method.reference, num=1000, progress=not quiet)
+        report = evaluate_fid(final, method.reference, num=1000, progress=not quiet, **method.drawing)
         report.save(folder / "report.json")
         typer.echo(str(report))
         if not quiet:

@@ -68,7 +68,7 @@ def notes(sweep: Sweep) -> list[str]:
         else "Overshoot: mean of max(|x| − 1, 0) before values are clipped to [−1, 1]. "
     )
     return [
-        f"{num} images per rule, scale and seed, from the same noise and {sweep.motifs}. {spread}NFE: network evaluations per "
+        f"{num} images per rule, scale and seed, from the same noise and {sweep.conditioning}. {spread}NFE: network evaluations per "
         "image, a guidance pair counted as two.",
         f"{sweep.report['FD'].metric}: lower is better, biased upwards by about 1/N. {overshoot}{pixels}",
         *(f"Warning: {warning}" for warning in sweep.report.warnings),
@@ -96,7 +96,7 @@ def page(sweep: Sweep, image: torch.Tensor) -> str:
         table(header(sweep), lines(sweep)),
         "<h2>Over the guidance scale</h2>",
         *(_chart(sweep, *column) for column in _shown(sweep) if column[0] in _CHARTS),
-        f"<h2>The same noise and {sweep.motifs} everywhere</h2>",
+        f"<h2>The same noise and {sweep.conditioning} everywhere</h2>",
         figure("Rows: rules. Columns: guidance scales.", image, smooth=True),
         "<h2>Provenance</h2>",
         record({"settings": sweep.settings, "features": sweep.report.features, **sweep.report.environment}),

@@ -1,4 +1,4 @@
-"""What guidance rules do as their scale grows: one model, the same noise and motifs everywhere, one reference."""
+"""What guidance rules do as their scale grows: one model, the same noise and conditioning everywhere, one reference."""
 
 import json
 import statistics
@@ -13,9 +13,10 @@ from ..generation import generate, progress_bar
 from ..guidance.base import Rule, Wrapper
 from ..guidance.registry import RULES, build_rule
 from ..guidance.rules import CFG
+from ..models.conditioning import conditioning_of
 from ..models.data import load_labelled
-from ..models.motifs import motifs_of
-from ..models.teachers import load_pipeline, own_prompts, resolve_teacher
+from ..models.prompts import own_prompts
+from ..models.teachers import load_pipeline, resolve_teacher
 from .classes import caption_accuracy, class_accuracy
 from .features.appearance import AppearanceFeatures
 from .groups import within_classes
@@ -88,14 +89,14 @@ class Sweep:
         rows: the unguided model, then every rule at every scale, all from the same noise, classes and prompts.
         real: saturation, contrast and clipped values of the reference; empty where that is statistics.
         real_samples: some of its images, uint8 (C, H, W); none where it is statistics.
-        motifs: what is the same everywhere besides the noise, "classes" or "prompts".
+        conditioning: what is the same everywhere besides the noise, "classes" or "prompts".
     """
 
     settings: dict
     rows: list[Row]
     real: dict[str, float] = field(default_factory=dict)
     real_samples: Sequence[torch.Tensor] = field(default=(), repr=False)
-    motifs: str = "classes"
+    conditioning: str = "classes"
 
     @property
     def report(self):
@@ -177,8 +178,8 @@ def sweep_guidance(
     pairs = [(rule, scale) for rule in rules for scale in scales]
     jobs = [(Row(UNGUIDED, 1.0), CFG(1.0)), *((Row(*pair), named_rule(*pair, options)) for pair in pairs)]
     pipeline = load_pipeline(model)
-    motifs = motifs_of(pipeline, prompts=prompts)
-    if not motifs.guidable:
+    conditioning = conditioning_of(pipeline, prompts=prompts)
+    if not conditioning.guidable:
         raise UsageError(
             f"{model} has no classes to be guided by; give a model with classes or prompts, such as digits."
         )
@@ -191,7 +192,7 @@ def sweep_guidance(
             for seed in seeds:
                 bar.set_description(f"{row.rule} at {row.scale:g}, seed {seed}")
                 batches = generate(
-                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, prompts=motifs.prompts,
+                    pipeline, num, steps=steps, sampler=sampler, seed=seed, guidance=watched, prompts=conditioning.prompts,
                     batch_size=batch_size, progress=bar,
                 )  # fmt: skip
                 drawn = [(images, labels, watched.overshoot()) for images, labels in batches]
@@ -199,7 +200,7 @@ def sweep_guidance(
                     None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True)
                 )
                 row.runs[seed] = target.measure(images, labels, batches.prompts)
-                row.runs[seed]["overshoot"] = None if motifs.latent else float(overshoot.mean())
+                row.runs[seed]["overshoot"] = None if conditioning.latent else float(overshoot.mean())
                 row.samples = images[:SHOWN] if row.samples is None else row.samples
                 row.nfe = batches.nfe
     report = row.runs[seed]["report"]
@@ -209,7 +210,7 @@ def sweep_guidance(
     settings |= {} if prompts is None else {"prompts": list(prompts)}
     names = {kind: f"{kind} of real images" for kind in AppearanceFeatures.KINDS}
     real = {kind: report[name].value for kind, name in names.items()} if target.has_images else {}
-    shown = "classes" if motifs.prompts is None else "prompts"
+    shown = "classes" if conditioning.prompts is None else "prompts"
     return Sweep(settings, [row for row, _ in jobs], real, target.samples(report), shown)
 
 
@@ -277,8 +278,8 @@ class _Target:
         report = evaluate_images((images, labels), self.name, wanted, self.features)
         found = {result.kind: result.value for result in report.results}
         values = {name: found.get(name) for name in ("precision", "recall", *AppearanceFeatures.KINDS)}
-        motifs, shown = ("classes", labels) if prompts is None else ("prompts", prompts)
-        recognise = ACCURACY.get((self.dataset, motifs))
+        conditioning, shown = ("classes", labels) if prompts is None else ("prompts", prompts)
+        recognise = ACCURACY.get((self.dataset, conditioning))
         accuracy = recognise(images, shown) if recognise else None
         return {"fd": report["FD"].value, **values, "accuracy": accuracy, "report": report}
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models.prompts import load_prompts
 from .imagesource import ImageSource, TensorSource
-from .prompts import load_prompts
 
 DEFAULT_NUM = 2000
 

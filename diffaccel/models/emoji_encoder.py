@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..core.errors import UsageError
 from .quiet import quiet_transformers
 from .shipped import ASSETS, check_shipped
 
 WEIGHTS = "encoder.safetensors"
 _SHIPPED = "tiny-sd"
+_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_PRIVATE_USE = 0xE000  # of Unicode
 _HIDDEN, _LAYERS, _HEADS, _JOINT = 128, 3, 4, 64
 
 
@@ -103,8 +106,8 @@ class EmojiEncoder(nn.Module):
             encoder = cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
             encoder.text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
         weights = {name: tensor.float() for name, tensor in load_file(rest or folder / WEIGHTS).items()}
-        missing, unexpected = encoder.load_state_dict(weights, strict=False)
-        assert not unexpected and all(name.startswith("text.") for name in missing)
+        own = {f"text.{name}": tensor for name, tensor in encoder.text.state_dict().items()}
+        encoder.load_state_dict(weights | own)
         return encoder.eval().requires_grad_(False)
 
 
@@ -145,25 +148,32 @@ def build_tokenizer(captions: list[str], vocabulary: int, longest: int):
 
     Args:
         captions: the training texts.
-        vocabulary: number of tokens: 512 bytes (within and at the end of words), merges, and two marks.
+        vocabulary: number of tokens, at most: 512 bytes (within and at the end of words), merges, and two marks.
         longest: tokens of a text, marks included; longer ones are cut.
+
+    Raises:
+        UsageError: a vocabulary without room for the bytes and marks, or texts without room for a token.
     """
-    from tokenizers import Tokenizer, models, trainers
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    letters = sorted(ByteLevel.alphabet())
-    empty = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
-    budget = vocabulary - 2 * len(letters) - 2
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(letters) + 256 + budget, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    learner.train_from_iterator(sorted(captions), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:budget]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocabulary < 2 * len(letters) + 2 or longest < 3:
+        raise UsageError(
+            f"A vocabulary has at least {2 * len(letters) + 2} tokens and a text at least 3; got {vocabulary} and {longest}."
+        )
+    # Letters that end a word are symbols of their own here: tokenizers numbers "</w>" pieces at random, and ties with them.
+    ends = {letter: chr(_PRIVATE_USE + index) for index, letter in enumerate(letters)}
+    spelled = {end: f"{letter}</w>" for letter, end in ends.items()}
+    split = CLIPTokenizer(vocab={_BEGIN: 0, _END: 1}, merges=[]).backend_tokenizer.pre_tokenizer
+    words = [word for text in sorted(captions) for word, _ in split.pre_tokenize_str(text.lower())]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2, initial_alphabet=[*letters, *spelled], show_progress=False)
+    learner.train_from_iterator([word[:-1] + ends[word[-1]] for word in words], trainer)
+    pairs = json.loads(learner.to_str())["model"]["merges"]
+    merges = [tuple("".join(spelled.get(sign, sign) for sign in piece) for piece in pair) for pair in pairs]
+    tokens = [*letters, *spelled.values(), *("".join(pair) for pair in merges), _BEGIN, _END]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=longest)
 

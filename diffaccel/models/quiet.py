@@ -7,16 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Keep the progress bars of diffusers' loading off stderr; its setting comes back afterwards."""
+    """Keep diffusers' warnings and progress bars off stderr; its settings come back afterwards."""
     from diffusers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _quiet(logging):
         yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -24,13 +19,18 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' warnings, load reports and progress bars off stderr; its settings come back afterwards."""
     from transformers.utils import logging
 
+    with _quiet(logging), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _quiet(logging) -> Iterator[None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -29,18 +29,24 @@ def check_shipped(name: str, below: str = "") -> None:
     Raises:
         DataError: a file is missing or damaged.
     """
-    for path, digest in shipped_hashes(name).items():
+    wanted = {path: digest for path, digest in shipped_hashes(name).items() if path.startswith(below)}
+    if not wanted:
+        raise DataError(f"{ASSETS / name / below} is missing; reinstall diffaccel.")
+    for path, digest in wanted.items():
         file = ASSETS / name / path
-        if path.startswith(below) and (not file.is_file() or sha256_file(file) != digest):
+        if not file.is_file() or sha256_file(file) != digest:
             raise DataError(f"{file} is missing or damaged (its SHA-256 does not match); reinstall diffaccel.")
 
 
 def shipped_size(name: str, below: str = "") -> int:
     """Bytes of the shipped files of assets/NAME whose path starts with ``below``."""
-    return sum((ASSETS / name / path).stat().st_size for path in shipped_hashes(name) if path.startswith(below))
+    files = (ASSETS / name / path for path in shipped_hashes(name) if path.startswith(below))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def shipped_figures(name: str) -> dict:
-    """What was measured of the teacher in assets/NAME, by `benchmarks/teachers.py`; empty before that."""
-    file = ASSETS / name / FIGURES
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """What was measured of the teacher in assets/NAME, by `benchmarks/teachers.py`; empty where that is not readable."""
+    try:
+        return json.loads((ASSETS / name / FIGURES).read_text())
+    except (OSError, ValueError):
+        return {}

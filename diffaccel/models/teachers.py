@@ -33,10 +33,7 @@ class TeacherInfo:
     pixels: bool = False
 
 
-_SCHEDULERS_ONLY = (
-    "Note that this version distils pixel models only; for this one, its schedulers work inside diffusers: "
-    "pipe.scheduler = diffaccel.DEISScheduler.from_config(pipe.scheduler.config)."
-)
+_SCHEDULERS_ONLY = "Note that this version distils pixel models only; what it has for this one are samplers, guidance, search and evaluation."
 TEACHERS = {
     info.name: info
     for info in (
@@ -97,23 +94,6 @@ def resolve_teacher(name_or_path: str) -> tuple[Path, TeacherInfo | None]:
     return Path(cached).parent, info
 
 
-def own_prompts(name_or_path: str) -> list[str] | None:
-    """The prompts that stand for what a text-to-image model was trained on: prompts.txt of its folder, a prompt a line.
-
-    None for a model without that file.
-
-    Raises:
-        UsageError, DataError, MissingWeightsError: as `resolve_teacher`; DataError for a file that is not text.
-    """
-    file = resolve_teacher(name_or_path)[0] / "prompts.txt"
-    if not file.is_file():
-        return None
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is not text in UTF-8.") from None
-
-
 def load_pipeline(name_or_path: str):
     """Open a model as a diffusers pipeline.
 
@@ -128,14 +108,21 @@ def load_pipeline(name_or_path: str):
     index = read_index(folder)
     import diffusers
     import torch
+    from safetensors import SafetensorError
 
     from .pipeline import ClassConditionalPipeline
 
-    textual = any(isinstance(part, list) and part[0] == "transformers" for part in index.values())
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and part and part[0] is not None}
+    textual = any(part[0] == "transformers" for part in parts.values())
+    missing = [name for name in parts if not any((folder / name).glob("*"))]
+    if missing:
+        raise DataError(f"{folder} is not complete: {missing[0]}/ is missing or empty.")
     try:
         with quiet_diffusers(), quiet_transformers() if textual else nullcontext():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+            # transformers opens text encoders in the precision they are stored in, diffusers all else in single precision.
+            pipeline = pipeline.to(torch.float32) if textual else pipeline
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, OverflowError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"Cannot open {folder}: {reason}") from error
     if _is_pixel_model(index) and not isinstance(pipeline, ClassConditionalPipeline):
@@ -146,8 +133,7 @@ def load_pipeline(name_or_path: str):
             )
         pipeline = ClassConditionalPipeline(pipeline.unet, pipeline.scheduler, num_inference_steps=50)
     pipeline.set_progress_bar_config(disable=True)
-    # transformers opens text encoders in the precision they were stored in, diffusers all else in single precision.
-    return pipeline.to(torch.float32) if textual else pipeline
+    return pipeline
 
 
 def load_denoiser(name_or_path: str):
@@ -171,7 +157,7 @@ def check_adapter(name_or_path: str) -> None:
     if not _is_pixel_model(index):
         raise UsageError(
             f"{name_or_path} is a {index.get('_class_name')}; training works with pixel models "
-            "(UNet2DModel: the embedded digits, DDPM-type folders) in this version."
+            "(UNet2DModel or DiTTransformer2DModel: digits, digits-flow, mnist, DDPM-type folders) in this version."
         )
 
 

@@ -53,10 +53,7 @@ class EmojiContrast(Method):
     def loss(self, phase: Phase, draw: Draw) -> Loss:
         encoder: EmojiEncoder = self.roles["encoder"]
         index = self.pictures.draw(draw.uniform("concept"), draw.uniform("variant"))
-        texts = [
-            self.pictures.captions[i][int(u * len(self.pictures.captions[i]))]
-            for i, u in zip(index.tolist(), draw.uniform("caption").tolist(), strict=True)
-        ]
+        texts = self.pictures.captions_of(index, draw.uniform("caption"))
         similar = encoder.picture(self._augmented(self.images[index], draw)) @ encoder.embed_texts(texts).T
         logits = similar.float() * encoder.log_scale.exp().clamp(max=100.0)
         equal = (index[:, None] == index[None, :]).float().to(logits.device)

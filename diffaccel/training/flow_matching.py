@@ -47,6 +47,4 @@ class FlowMatching(Denoising):
             patch_size=config.patch_size,
             num_embeds_ada_norm=CLASSES,
         )
-        for block in net.transformer_blocks:  # labels are dropped here, by keyed numbers; diffusers would draw its own
-            block.norm1.emb.class_embedder.dropout_prob = 0.0
         return PixelDenoiser(net, from_diffusers(self.scheduler), "flow_prediction")

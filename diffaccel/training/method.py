@@ -1,9 +1,10 @@
 """What a training method is: roles, phases and losses. The trainer owns everything else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -84,10 +85,12 @@ class Method(ABC):
         roles: trainable networks by name; frozen helpers (a teacher) are ordinary attributes.
         main_role: the role whose moving average is sampled, exported and evaluated.
         reference: real images that the exported pipeline is measured against, as `evaluate` takes them; "" for none.
+        drawing: settings of `evaluate` with which it is drawn from for that.
     """
 
     main_role: str
     reference = ""
+    drawing: Mapping[str, object] = MappingProxyType({})
     roles: dict[str, nn.Module]
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Trains the latent U-Net of the text-to-image teacher: its third stage."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,11 @@ class EmojiTextToImage(Method):
 
     def __init__(self, config: Config, seed: int):
         self.config = config
+        self.drawing = {"guidance_scale": config.guidance_scale, "steps": config.sampling_steps}
         self.pictures = load_emoji(Path(config.archive) if config.archive else None)
         self.autoencoder = _autoencoder(config.autoencoder).eval().requires_grad_(False)
         encoder = _encoder(config.text)
-        self.tokenizer, self.text_encoder = encoder.tokenizer, encoder.text
+        self.tokenizer, self.text_encoder = encoder.tokenizer, copy.deepcopy(encoder.text)  # the shipped one is shared
         self.scheduler = DPMSolverMultistepScheduler(
             prediction_type=config.prediction_type,
             beta_start=1e-4,
@@ -102,8 +104,7 @@ class EmojiTextToImage(Method):
         self.spread = torch.cat([one.std for one in posteriors]) * self.autoencoder.config.scaling_factor
         texts = list(dict.fromkeys(text for captions in self.pictures.captions for text in captions))
         self.states = encode_prompts(self.tokenizer, self.text_encoder, texts)
-        place = {text: index for index, text in enumerate(texts)}
-        self.captions = [[place[text] for text in captions] for captions in self.pictures.captions]
+        self.place = {text: index for index, text in enumerate(texts)}
 
     def to(self, device):
         for name in ("latents", "spread", "states", "autoencoder", "text_encoder"):
@@ -115,10 +116,7 @@ class EmojiTextToImage(Method):
     def loss(self, phase: Phase, draw: Draw) -> Loss:
         model: UNetConditionDenoiser = self.roles["model"]
         index = self.pictures.draw(draw.uniform("concept"), draw.uniform("variant"))
-        own = [
-            self.captions[i][int(u * len(self.captions[i]))]
-            for i, u in zip(index.tolist(), draw.uniform("caption").tolist(), strict=True)
-        ]
+        own = [self.place[text] for text in self.pictures.captions_of(index, draw.uniform("caption"))]
         dropped = draw.uniform("null") < self.config.null_probability
         states = torch.where(dropped[:, None, None], model.null_states, self.states[own])
         index = index.to(self.latents.device)

@@ -115,7 +115,7 @@ def references(real, tmp_path_factory):
 def test_a_sweep_over_prompts(model, references):
     sweep = sweep_guidance(str(model), ("cfg", "apg"), (1.0, 5.0), reference=str(references / "images"), **SWEPT)
     unguided, cfg1, cfg5, *_ = sweep.rows
-    assert (unguided.nfe, cfg1.nfe, cfg5.nfe) == (2, 2, 4) and sweep.motifs == "prompts"
+    assert (unguided.nfe, cfg1.nfe, cfg5.nfe) == (2, 2, 4) and sweep.conditioning == "prompts"
     assert torch.equal(unguided.samples, cfg1.samples) and unguided.mean("fd") == cfg1.mean("fd")
     assert unguided.mean("overshoot") is None and unguided.mean("accuracy") is None
     drawn = next(generate(model, 12, steps=2, guidance="cfg", guidance_scale=5.0, device="cpu"))[0]

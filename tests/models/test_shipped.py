@@ -10,6 +10,7 @@ from diffaccel.core.rng import KeyedRandom
 from diffaccel.models import shipped, teachers
 from diffaccel.models.classifier import load_digits_classifier
 from diffaccel.models.data import load_digits, load_images
+from diffaccel.models.prompts import own_prompts
 from diffaccel.models.teachers import load_denoiser
 
 EMBEDDED = [name for name, info in teachers.TEACHERS.items() if not info.repository]
@@ -114,7 +115,7 @@ def test_tiny_sd_draws_what_it_is_asked_for():
     import diffaccel
     from diffaccel.evaluate.classes import caption_accuracy
 
-    prompts = teachers.own_prompts("tiny-sd")
+    prompts = own_prompts("tiny-sd")
     images, _ = next(diffaccel.generate("tiny-sd", 40, steps=10, guidance_scale=3.0))
     assert images.shape == (40, 3, 64, 64)
     right = caption_accuracy(images, prompts[:40], prompts, most=5)

@@ -1,6 +1,8 @@
 """Resolving, opening and refusing models."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,9 +101,23 @@ def test_the_pipeline_checks_its_labels_and_noise():
 
 
 def test_a_text_model_stored_in_half_precision_computes_in_single_precision(tmp_path):
-    pipe = PIPELINES["sd"].build()
+    pipe = copy.deepcopy(PIPELINES["sd"].build())
     pipe.to(torch.float16).save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)
     assert {part.dtype for part in (again.unet, again.vae, again.text_encoder)} == {torch.float32}
     images = again("a", num_inference_steps=1, output_type="np").images
     assert images.shape[-1] == 3
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae"])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_parts_that_are_missing_or_cut_are_named(tmp_path, part, how, capfd):
+    PIPELINES["sd"].build().save_pretrained(tmp_path)
+    if how == "gone":
+        shutil.rmtree(tmp_path / part)
+    else:
+        file = max((tmp_path / part).iterdir(), key=lambda path: path.stat().st_size)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DataError, match=part if how == "gone" else "Cannot open"):
+        load_pipeline(tmp_path)
+    assert "fetch" not in capfd.readouterr().err

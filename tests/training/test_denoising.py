@@ -49,6 +49,7 @@ def test_the_exported_pipeline_opens_and_draws(method, tmp_path):
     condition = {"class_labels": torch.tensor([1, 2, 10])}
     with torch.no_grad():
         assert torch.allclose(again.eval()(x, t, condition), model.eval()(x, t, condition), atol=1e-6)
+        assert torch.equal(again.train()(x, t, condition), again.eval()(x, t, condition))  # no label is dropped unasked
     assert method.samples(model, KeyedRandom(0)).shape == (100, 1, 8, 8)
 
 

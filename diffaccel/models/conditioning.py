@@ -9,12 +9,12 @@ import torch
 
 from ..core.errors import DataError, UsageError
 from .pixel import num_classes, sample_shape
-from .teachers import own_prompts
+from .prompts import own_prompts
 
 _TAKEN = {"prompt", "negative_prompt", "latents", "num_inference_steps", "guidance_scale", "generator", "output_type"}
 
 
-class Motifs(ABC):
+class Conditioning(ABC):
     """What image 0, 1, 2, … of a pipeline show.
 
     Attributes:
@@ -68,7 +68,7 @@ class Motifs(ABC):
         """
 
 
-class ClassMotifs(Motifs):
+class ClassConditioning(Conditioning):
     """Classes in turn, or nothing in particular, by a ClassConditionalPipeline.
 
     Args:
@@ -114,7 +114,7 @@ class ClassMotifs(Motifs):
             )
 
 
-class PromptMotifs(Motifs):
+class PromptConditioning(Conditioning):
     """Prompts in turn, by a text-to-image pipeline in Stable Diffusion's layout.
 
     Args:
@@ -169,12 +169,12 @@ class PromptMotifs(Motifs):
             raise UsageError("Give negatives to the rule or a negative prompt to the pipeline, not both.")
 
 
-def motifs_of(
+def conditioning_of(
     pipeline,
     classes: Sequence[int] | None = None,
     prompts: Sequence[str] | str | None = None,
     negative_prompt: str | None = None,
-) -> Motifs:
+) -> Conditioning:
     """What the images of a pipeline are to show.
 
     Args:
@@ -189,16 +189,16 @@ def motifs_of(
     if _draws_prompts(pipeline):
         if classes is not None:
             raise UsageError("This model draws prompts and has no classes; say what to draw with prompts.")
-        return PromptMotifs(pipeline, prompts, negative_prompt)
+        return PromptConditioning(pipeline, prompts, negative_prompt)
     if not hasattr(pipeline, "num_classes"):
         raise DataError(
-            f"This is a {type(pipeline).__name__}; drawing here works with pixel models (UNet2DModel) and with text-to-image "
+            f"This is a {type(pipeline).__name__}; drawing here works with pixel models (UNet2DModel, DiTTransformer2DModel) and with text-to-image "
             "pipelines in Stable Diffusion's layout (UNet2DConditionModel, VAE, text encoder)."
         )
     if prompts is not None or negative_prompt is not None:
         what = "has no condition at all" if pipeline.num_classes is None else "draws classes"
         raise UsageError(f"This model {what} and reads no text; leave prompts out.")
-    return ClassMotifs(pipeline, classes)
+    return ClassConditioning(pipeline, classes)
 
 
 def prompts_of(pipeline) -> list[str] | None:
