@@ -13,6 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from diffaccel.core.files import sha256_file
@@ -36,6 +37,13 @@ def copy_teacher(source: Path, target: Path, half: bool) -> None:
         halve(path)
 
 
+def check_same_text(features: Path, teacher: Path) -> None:
+    """The features only say which caption fits if their text half is the teacher's text encoder."""
+    ours, theirs = (load_file(path / "text_encoder/model.safetensors") for path in (features, teacher))
+    if any(not torch.equal(tensor.half(), theirs[name].half()) for name, tensor in ours.items()):
+        raise SystemExit(f"{features} was trained with another text encoder than {teacher}.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("digits", "digits-flow", "mnist", "tiny-sd"))
@@ -43,6 +51,11 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="final/ of the recipe of the features")
     arguments = parser.parse_args()
     folder, name = ASSETS / arguments.name, arguments.name
+    for source in (arguments.teacher, arguments.features):
+        if source is not None and not source.is_dir():
+            parser.error(f"there is no folder {source}")
+    if arguments.features and name == "digits-flow":
+        parser.error("digits-flow has the features of digits")
     folder.mkdir(exist_ok=True)
     if arguments.teacher:
         copy_teacher(arguments.teacher, folder / "teacher", half=name != "digits")
@@ -50,6 +63,7 @@ def main() -> None:
         file = "encoder.safetensors" if name == "tiny-sd" else "classifier.safetensors"
         shutil.copy(arguments.features / file, folder / file)
         if name == "tiny-sd":
+            check_same_text(arguments.features, folder / "teacher")
             halve(folder / file)
     write_hashes(folder)
     if arguments.features and name != "digits":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import UsageError, unknown
+from ..core.errors import DataError, UsageError, unknown
 from ..generation import generate, progress_bar
 from ..guidance.base import Rule, Wrapper
 from ..guidance.registry import RULES, build_rule
@@ -20,6 +20,7 @@ from ..models.teachers import load_pipeline, resolve_teacher
 from .classes import caption_accuracy, class_accuracy
 from .features.appearance import AppearanceFeatures
 from .groups import within_classes
+from .plan import entering_size
 from .run import evaluate_images
 from .sources import DATASETS, ImageSource, StatisticsSource, resolve
 
@@ -185,6 +186,7 @@ def sweep_guidance(
         )
     reference = reference or _own_data(model)
     target = _Target(reference, resolve(reference), features)  # now, so that it is refused before anything is drawn
+    target.check_size(model, conditioning.image_shape[1:])
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with progress_bar(len(jobs) * len(seeds) * num, progress) as bar:
         for row, rule in jobs:
@@ -261,6 +263,17 @@ class _Target:
     name: str
     source: ImageSource | StatisticsSource
     features: str
+
+    def check_size(self, model: str, size: tuple[int, int]) -> None:
+        """Refuse images of another size than the model's, where that is known to matter.
+
+        Raises:
+            DataError: with both sizes.
+        """
+        other = entering_size(self.source)
+        if self.features == "auto" and other not in (None, tuple(size)):
+            ours, theirs = ("×".join(map(str, one)) for one in (size, other))
+            raise DataError(f"{model} draws {ours} images (height×width) and {self.name} has {theirs}; give others.")
 
     @property
     def has_images(self) -> bool:

@@ -21,8 +21,11 @@ class ImageSource:
         count: number of positions, usable or not.
         resize: side of the square that images were brought to, None for as they are.
         labels: (count,) classes of a sample with fixed class proportions; None where unknown or independent draws.
+        features: name of the extractor that belongs to these images; None for what suits their shape.
         records: by position, what was read (JSON-able): complete for this process after one iteration.
     """
+
+    features: str | None = None
 
     def __init__(self, kind: str, name: str, shape, count: int, labels: torch.Tensor | None, resize: int | None):
         self.kind, self.name, self.count, self.labels, self.resize = kind, name, count, labels, resize

@@ -156,6 +156,9 @@ def fitting_features(sources: dict) -> str:
         if recorded not in FEATURES:  # a class of somebody is only imported when its name was typed
             raise DataError(f"{source.name} was made with {recorded!r}; if you trust these, name them with --features.")
         return recorded
+    belonging = {source.features for source in sources.values() if isinstance(source, ImageSource)} - {None}
+    if len(belonging) == 1:
+        return belonging.pop()
     shapes = {tuple(source.shape) for source in sources.values()}
     return features_for(shapes.pop()) if len(shapes) == 1 else "random-conv"
 
@@ -211,7 +214,7 @@ def _check_statistics(plan: Plan, metric: Metric, source: StatisticsSource, want
 
 def _check_sizes(plan: Plan) -> None:
     """Both sides must enter the extractors in the same size, unless all of these bring images to a size of their own."""
-    entering = {key: _entering_size(source) for key, source in plan.sources.items()}
+    entering = {key: entering_size(source) for key, source in plan.sources.items()}
     if len(entering) < 2 or None in entering.values() or entering["fake"] == entering["real"]:
         return
     if all(space.resizes for space in plan.extractors) and not any(map(_was_resized, plan.sources.values())):
@@ -222,7 +225,8 @@ def _check_sizes(plan: Plan) -> None:
     )
 
 
-def _entering_size(source) -> tuple[int, int] | None:
+def entering_size(source) -> tuple[int, int] | None:
+    """(height, width) of the first image of a side; None for statistics that do not tell."""
     if isinstance(source, ImageSource):
         return tuple(source.shape[1:])
     shape = (source.statistics.header.get("source") or {}).get("shape")

@@ -21,6 +21,7 @@ from .modelsource import Generation, ModelSource
 from .statistics import Statistics, load_sample_batch, load_statistics
 
 DATASETS = {"digits": SPLITS, "mnist": SPLITS, "emoji": ("all",)}
+_FEATURES = {"emoji": "emoji128"}  # of data sets whose shape says nothing
 _SHIPPED_STATISTICS = "statistics.safetensors"
 _STATISTICS = {
     "mnist": "mnist",
@@ -203,7 +204,9 @@ def _dataset(text: str, dataset: str, split: str, reading: Reading) -> TensorSou
         images, labels = load_emoji().on_white(), None
     else:
         images, labels = load_labelled(dataset, split or "train")
-    return TensorSource("dataset", text if split else f"{text}:train", images, labels, reading.resize)
+    source = TensorSource("dataset", text if split else f"{text}:train", images, labels, reading.resize)
+    source.features = _FEATURES.get(dataset) if reading.resize is None else None
+    return source
 
 
 def _file(path: Path, reading: Reading) -> FileSource | StatisticsSource:

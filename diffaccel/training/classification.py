@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ..core.errors import unknown
 from ..core.images import to_unit_range
 from ..core.rng import seeded
-from ..models.classifier import DigitsClassifier
+from ..models.classifier import SIZES, DigitsClassifier
 from ..models.data import load_labelled
+from .checks import check_at_least
 from .method import Draw, Loss, Method, Phase
 
 
@@ -32,6 +34,11 @@ class DigitsClassification(Method):
         shift: int = 1
         noise: float = 0.1
         contrast: float = 0.2
+
+        def __post_init__(self):
+            if self.data not in SIZES:
+                raise unknown("method.data", self.data, SIZES)
+            check_at_least(0, shift=self.shift, noise=self.noise, contrast=self.contrast)
 
     def __init__(self, config: Config, seed: int):
         self.config = config

@@ -10,6 +10,7 @@ from ..core.images import to_unit_range
 from ..core.rng import seeded
 from ..models.emoji import SIZE, load_emoji
 from ..models.emoji_encoder import EmojiEncoder, build_tokenizer
+from .checks import check_at_least, check_shares
 from .method import Draw, Loss, Method, Phase
 
 
@@ -38,6 +39,10 @@ class EmojiContrast(Method):
         tint: float = 0.15
         largest_shift: int = 6
         archive: str = ""
+
+        def __post_init__(self):
+            check_at_least(0, noise=self.noise, largest_shift=self.largest_shift)
+            check_shares(tint=self.tint)
 
     def __init__(self, config: Config, seed: int):
         self.config = config

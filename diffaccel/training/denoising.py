@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
+from ..core.errors import UsageError
 from ..core.images import to_unit_range
 from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
@@ -14,6 +15,7 @@ from ..models.denoiser import NetworkDenoiser
 from ..models.pipeline import ClassConditionalPipeline
 from ..models.pixel import PixelDenoiser
 from ..samplers.scheduler import DEISScheduler
+from .checks import check_at_least, check_shares, check_unet
 from .method import Draw, Loss, Method, Phase
 
 CLASSES = 10
@@ -40,13 +42,24 @@ class Denoising(Method):
         null_probability: float = 0.1
         sampling_steps: int = 20
 
+        def __post_init__(self):
+            check_unet(self.channels, self.prediction_type)
+            check_shares(null_probability=self.null_probability)
+            check_at_least(1, sampling_steps=self.sampling_steps)
+
     def __init__(self, config: Config, seed: int):
         self.config = config
         self.reference = f"{config.data}:train"
         images, self.labels = load_labelled(config.data)
         self.images = to_unit_range(images)
+        self._check_size(self.images.shape[-1])
         with seeded(seed):
             self.roles = {"model": self._build()}
+
+    def _check_size(self, size: int) -> None:
+        """Refuse a network that images of this height and width do not fit."""
+        if size % 2 ** (len(self.config.channels) - 1):
+            raise UsageError(f"{len(self.config.channels)} method.channels halve {size} pixels too often.")
 
     def _build(self) -> NetworkDenoiser:
         """A fresh model; sets `scheduler`, what the exported pipeline draws with."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
+from ..core.errors import UsageError
 from ..core.schedule import from_diffusers
 from ..models.denoiser import NetworkDenoiser
 from ..models.pixel import PixelDenoiser
+from .checks import check_at_least, check_shares
 from .denoising import CLASSES, Denoising
 
 
@@ -33,6 +35,17 @@ class FlowMatching(Denoising):
         patch_size: int = 2
         null_probability: float = 0.1
         sampling_steps: int = 20
+
+        def __post_init__(self):
+            check_at_least(1, layers=self.layers, heads=self.heads, head_dim=self.head_dim, patch_size=self.patch_size)
+            check_at_least(1, sampling_steps=self.sampling_steps)
+            check_shares(null_probability=self.null_probability)
+
+    def _check_size(self, size: int) -> None:
+        if size % self.config.patch_size:
+            raise UsageError(
+                f"method.patch_size must divide the {size} pixels of an edge, got {self.config.patch_size}."
+            )
 
     def _build(self) -> NetworkDenoiser:
         config = self.config

@@ -17,6 +17,7 @@ from ..models.emoji_encoder import EmojiEncoder, load_emoji_encoder, save_tokeni
 from ..models.shipped import ASSETS, check_shipped
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
 from .checkpoint import load_module
+from .checks import check_at_least, check_shares, check_unet
 from .method import Draw, Loss, Method, Phase
 
 SHOWN = (
@@ -58,6 +59,11 @@ class EmojiTextToImage(Method):
         sampling_steps: int = 20
         guidance_scale: float = 3.0
         archive: str = ""
+
+        def __post_init__(self):
+            check_unet(self.channels, self.prediction_type)
+            check_shares(null_probability=self.null_probability)
+            check_at_least(1, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
 
     def __init__(self, config: Config, seed: int):
         self.config = config

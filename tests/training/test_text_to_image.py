@@ -149,6 +149,16 @@ def test_the_stock_pipeline_opens_and_draws_it(pipeline_folder, method):
     assert pipeline.vae_scale_factor == 2 and pipeline.unet.config.sample_size == 32
 
 
+def test_losses_are_the_same_whenever_they_are_taken_and_however_they_are_split(method):
+    config = autoencoding.EmojiAutoencoding.Config(channels=(8, 16))
+    for each, phase in ((method, "denoise"), (autoencoding.EmojiAutoencoding(config, 0), "reconstruct")):
+        parts = [(0, 8), (0, 8), (0, 4), (4, 4)]
+        draws = [Draw(KeyedRandom(0), f"{phase}/0", 3, *part, 8, torch.device("cpu")) for part in parts]
+        with torch.no_grad():
+            whole, again, *halves = (float(each.loss(Phase(phase, (each.main_role,)), draw).total) for draw in draws)
+        assert whole == again and abs(whole - sum(halves) / 2) < 1e-4 * whole
+
+
 def test_the_null_condition_is_the_empty_prompt(method):
     model = method.roles["model"]
     empty = encode_prompts(method.tokenizer, method.text_encoder, [""])
