@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .ema import EMA
 from .method import Draw, Method, Phase
 from .rundir import RunDirectory
 from .signals import SignalGuard
+
+_BUCKET = 2**24  # gradients that are averaged at once: few messages, little extra memory
 
 
 def prepare(config: TrainerConfig):
@@ -208,8 +210,11 @@ class Trainer:
         """Average the gradients of a role over processes and clip them; return their norm before clipping."""
         parameters = [p for p in self.method.roles[role].parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            for bucket in _buckets(parameters):
+                flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
+                parts = self.accelerator.reduce(flat, "mean").split([parameter.numel() for parameter in bucket])
+                for parameter, part in zip(bucket, parts, strict=True):
+                    parameter.grad = part.view_as(parameter)
         return nn.utils.clip_grad_norm_(parameters, self._settings(role).clip).float()
 
     def _apply(self, role: str) -> None:
@@ -263,3 +268,16 @@ class Trainer:
             with atomic_directory(final) as temporary:
                 self.method.export(self.model, temporary)
         self.accelerator.wait_for_everyone()
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of one type, together at most `_BUCKET` numbers unless one alone has more."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        size = sum(other.numel() for other in bucket) + parameter.numel()
+        if bucket and (size > _BUCKET or parameter.grad.dtype != bucket[0].grad.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

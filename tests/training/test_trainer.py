@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffaccel.core.errors import NumericalError, UsageError
+from diffaccel.training import trainer
 from diffaccel.training.checkpoint import latest_checkpoint, list_checkpoints
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
 from diffaccel.training.ema import EMA
@@ -194,3 +195,15 @@ def test_the_learning_rate_warms_up_and_ends_on_the_cosine():
 def test_impossible_settings_are_named(change, word):
     with pytest.raises(UsageError, match=word):
         settings(**change)
+
+
+def test_gradients_travel_in_few_messages_and_none_is_lost(monkeypatch):
+    monkeypatch.setattr(trainer, "_BUCKET", 10)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 4, 3, 1, 25, 2, 9)]
+    parameters[-1] = nn.Parameter(torch.zeros(9, dtype=torch.float64))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    buckets = list(trainer._buckets(parameters))
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 4, 3], [1], [25], [2], [9]]
+    assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in parameters]
+    assert list(trainer._buckets([])) == []
