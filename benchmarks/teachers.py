@@ -93,7 +93,9 @@ class Bench:
     def real(self) -> tuple[torch.Tensor, torch.Tensor | list[str]]:
         """Real images, none of them of the reference where there are others, and their classes or captions."""
         if self.prompts is None:
-            return load_labelled(self.case.data, "heldout")
+            images, labels = load_labelled(self.case.data, "heldout")
+            order = KeyedRandom(1).permutation("real", 0, len(images))  # they come class by class
+            return images[order], labels[order]
         pictures, random = load_emoji(), KeyedRandom(1)
         index = pictures.draw(*(random.uniform(what, 0, 0, self.case.num) for what in ("concept", "variant")))
         return pictures.on_white()[index], [pictures.captions[i][0] for i in index]
@@ -146,7 +148,7 @@ def measure(name: str, ship: bool) -> dict:
         "fd": bench.fd(images), "floor": bench.fd(real), "features": bench.case.features, "steps": LONG,
         "num": bench.case.num, "guidance_scale": scale, "accuracy": bench.accuracy(images, asked), "accuracy_real": ceiling,
     }  # fmt: skip
-    print(f"{name}: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+    print(f"{name}: {json.dumps(found)}")
     if ship:
         (ASSETS / name / FIGURES).write_text(json.dumps(found, indent=1) + "\n")
         save_grid(_shown(bench, images, asked), ASSETS / name / PICTURE)
