@@ -137,7 +137,7 @@ class Bench:
         }
 
 
-def measure(name: str, ship: bool) -> dict:
+def measure(name: str, ship: bool, curves_too: bool = True) -> dict:
     """All figures of one teacher, printed on the way."""
     bench = Bench(name)
     scale = bench.case.scales[0]
@@ -153,6 +153,8 @@ def measure(name: str, ship: bool) -> dict:
         (ASSETS / name / FIGURES).write_text(json.dumps(found, indent=1) + "\n")
         save_grid(_shown(bench, images, asked), ASSETS / name / PICTURE)
 
+    if not curves_too:
+        return found
     curves = {}
     for label, make in bench.schedulers().items():
         curves[label] = [bench.fd(bench.drawn(make(), steps=steps, scale=scale)[0]) for steps in STEPS]
@@ -217,14 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--ship", action="store_true", help="renew figures and picture inside the package")
+    parser.add_argument("--brief", action="store_true", help="leave out the curves over steps and scales")
     parser.add_argument("--plots", type=Path, help="folder for one plot a teacher")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for name in arguments.names:
-        found[name] = measure(name, arguments.ship)
-        if arguments.plots:
+        found[name] = measure(name, arguments.ship, not arguments.brief)
+        if arguments.plots and not arguments.brief:
             plot(name, found[name], arguments.plots)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
