@@ -14,6 +14,7 @@ from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
 from ..models.emoji import load_emoji
 from ..models.emoji_encoder import EmojiEncoder, load_emoji_encoder, save_tokenizer
+from ..models.quiet import quiet_transformers
 from ..models.shipped import ASSETS, check_shipped
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
 from .checkpoint import load_module
@@ -145,7 +146,8 @@ class EmojiTextToImage(Method):
         return to_unit_range((images * 255.0).round())
 
     def export(self, model: UNetConditionDenoiser, folder: Path) -> None:
-        self._pipeline(model).save_pretrained(folder)
+        with quiet_transformers():
+            self._pipeline(model).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder / "tokenizer")
         captions = (self.pictures.captions[index][0] for index in self.pictures.reference())
         (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")

@@ -111,6 +111,7 @@ def test_teachers_draw_what_they_are_asked_for(name, least):
     assert class_accuracy(images, labels) >= least
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 def test_tiny_sd_draws_what_it_is_asked_for():
     import diffaccel
     from diffaccel.evaluate.classes import caption_accuracy
