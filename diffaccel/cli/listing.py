@@ -81,10 +81,10 @@ def _teacher(info) -> dict:
         "what": info.summary,
         "size": f"{shipped_size(info.name, 'teacher/') / 2**20:.1f} MiB" if shipped else info.size,
         "from": "embedded" if shipped else info.repository,
-        "data": info.data,
+        "data": info.data or "–",
         "licence": info.licence,
-        "FD (real images)": "{fd:.2f} ({floor:.2f}) {features}".format(**figures) if figures else "",
-        "picture": str(picture) if picture.is_file() else "",
+        "FD (real images)": "{fd:.2f} ({floor:.2f}) {features}".format(**figures) if figures else "–",
+        "picture": str(picture) if picture.is_file() else "–",
     }
 
 

@@ -23,7 +23,7 @@ def test_digits_features(run, tmp_path):
 def test_dry_run_is_a_config_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("train", "--recipe", "digits", "--dry-run")
-    assert yaml.safe_load(done.out)["method"]["name"] == "digits-denoising" and list(tmp_path.iterdir()) == []
+    assert yaml.safe_load(done.out)["method"]["name"] == "denoising" and list(tmp_path.iterdir()) == []
     (tmp_path / "plan.yaml").write_text(done.out)
     assert run("train", "--recipe", "digits", "--config", "plan.yaml", "--dry-run").out == done.out
 
@@ -32,5 +32,5 @@ def test_resume_lists_changed_settings_and_other_recipes(cli, run, tmp_path):
     run("train", "--recipe", "digits-features", *SHORT, "-o", tmp_path / "run")
     again = ("train", "-o", tmp_path / "run", "--resume")
     assert "trainer.seed: 0 -> 5" in cli(*again, "--recipe", "digits-features", "--set", "trainer.seed=5").err
-    assert "digits-classifier" in cli(*again, "--recipe", "digits").err
+    assert "'classifier'" in cli(*again, "--recipe", "digits").err
     assert run(*again, "--recipe", "digits-features", "--quiet").out.startswith("Finished")

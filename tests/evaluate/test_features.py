@@ -16,6 +16,11 @@ def _images(n, channels, size, seed=0):
     return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
+def _fitting(extractor, n, seed=0):
+    """Random images that the extractor reads."""
+    return _images(n, extractor.channels, (extractor.image_size or (8, 8))[0], seed)
+
+
 BUNDLED = sorted(name for name, record in FEATURES.items() if "weights" not in record.options)
 
 
@@ -26,7 +31,7 @@ def extractor(request):
 
 def test_record_and_instance_agree(extractor):
     record = FEATURES[extractor.name]
-    features = extractor(_images(3, extractor.channels, 8))
+    features = extractor(_fitting(extractor, 3))
     assert features.shape == (3, record.num_features) and features.dtype == torch.float32
     assert not features.requires_grad
     assert extractor.num_features == record.num_features
@@ -43,7 +48,7 @@ def test_evaluation_mode_cannot_be_left(extractor):
 
 
 def test_images_are_treated_one_by_one(extractor):
-    images = _images(9, extractor.channels, 8)
+    images = _fitting(extractor, 9)
     apart = torch.cat([extractor(part) for part in images.split(2)])
     torch.testing.assert_close(apart, extractor(images), rtol=1e-4, atol=1e-5)
     assert extractor(images[:0]).shape == (0, extractor.num_features)
@@ -90,7 +95,7 @@ def test_a_batch_norm_extractor_stays_deterministic():
 
 
 def test_torchmetrics_gives_the_same_distance(extractor):
-    fake, real = _images(150, extractor.channels, 8), _images(170, extractor.channels, 8, seed=1) // 2
+    fake, real = _fitting(extractor, 150), _fitting(extractor, 170, seed=1) // 2
     metric = FrechetInceptionDistance(feature=extractor)
     for part in real.split(40):
         metric.update(part, real=True)
@@ -116,7 +121,7 @@ def test_distance_grows_with_the_strength_of_a_corruption(name, kind):
 
 
 def test_double_precision_of_torchmetrics_leaves_the_extractor_as_it_is(extractor):
-    fake, real = _images(150, extractor.channels, 8), _images(170, extractor.channels, 8, seed=1)
+    fake, real = _fitting(extractor, 150), _fitting(extractor, 170, seed=1)
     metric = FrechetInceptionDistance(feature=extractor).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(fake, real=False)
