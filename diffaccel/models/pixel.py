@@ -34,8 +34,9 @@ class PixelDenoiser(NetworkDenoiser):
     def __init__(self, net, schedule, prediction_type):
         super().__init__(net, schedule, prediction_type)
         if is_transformer(net):  # in training, diffusers' DiT drops labels by random numbers of its own
-            for block in net.transformer_blocks:
-                block.norm1.emb.class_embedder.dropout_prob = 0.0
+            for module in net.modules():
+                if hasattr(module, "dropout_prob"):
+                    module.dropout_prob = 0.0
         self.sample_shape, self.num_classes = sample_shape(net), num_classes(net)
 
     def null_condition(self, count: int) -> Condition | None:

@@ -181,7 +181,8 @@ def _is_pixel_model(index: dict) -> bool:
     """Whether a pipeline consists of a network of pixels and a scheduler, and nothing else (a VAE makes it latent)."""
     parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     network = parts.get("unet", parts.get("transformer"))
-    return len(parts) == 2 and "scheduler" in parts and network in ("UNet2DModel", "DiTTransformer2DModel")
+    plain = (network or "").removeprefix("Pruned")
+    return len(parts) == 2 and "scheduler" in parts and plain in ("UNet2DModel", "DiTTransformer2DModel")
 
 
 def read_index(folder: Path) -> dict:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,38 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.errors import DataError, UsageError
 from ..guidance.run import NETWORKS
 from ..guidance.standins import subclass
-from ..models.pixel import num_classes, sample_shape
+from ..models.residual import bodies, without_branches, zeros_through
 from ..samplers.searched import PlanFile, SearchedScheduler
-
-_JOINT = ("encoder_hidden_states", "hidden_states")
-# What transformer blocks return; without their branches these are their arguments of the same names.
-_BLOCKS = {
-    **dict.fromkeys(("BasicTransformerBlock", "LTXVideoTransformerBlock", "WanTransformerBlock"), "hidden_states"),
-    **dict.fromkeys(("FluxSingleTransformerBlock", "FluxTransformerBlock", "JointTransformerBlock"), _JOINT),
-    "CogVideoXBlock": _JOINT[::-1],
-}
-# Transformers inside U-Nets, whose result is added to what they are given: bypassed as a whole where that is one block.
-_CONTAINERS = ("AnimateDiffTransformer3D", "Transformer2DModel", "TransformerSpatioTemporalModel")
-_RESNETS = ("ResnetBlock2D", "TemporalResnetBlock")
-
-
-def bodies(network: nn.Module) -> list[str]:
-    """Names of the residual bodies that may be bypassed, as in ``network.named_modules()``; none lies inside another.
-
-    Residual blocks and attention of U-Nets that do not resample, their transformers (block by block where there are
-    several), and the blocks of DiT, PixArt, SD3, Flux, CogVideoX, LTX and Wan.
-
-    Raises:
-        UsageError: a network without any that is known.
-    """
-    found: list[str] = []
-    for name, module in network.named_modules():
-        if name and not any(name.startswith(outer + ".") for outer in found) and _is_body(module):
-            found.append(name)
-    if not found:
-        kinds = sorted({type(module).__name__ for module in network.modules() if list(module.children())})
-        raise UsageError(f"No layer known to be skippable in {type(network).__name__}; it has {', '.join(kinds)}.")
-    return found
 
 
 def skippable(network: nn.Module, run: Callable[[], object] | None = None) -> dict[str, float]:
@@ -77,7 +46,7 @@ def skippable(network: nn.Module, run: Callable[[], object] | None = None) -> di
         raise UsageError(f"skippable looks at a network, such as pipe.unet or pipe.transformer; got {network!r:.80}.")
     names = bodies(network)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        (run or _zeros_through(network))()  # fused kernels are not counted on every device
+        (run or zeros_through(network))()  # fused kernels are not counted on every device
     counts = Counter({name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()})
     root = type(network).__name__
     if not counts[root]:
@@ -234,15 +203,6 @@ def _calls(layers: Mapping) -> int:
     return max((len(entries) for entries in layers.values() if isinstance(entries, list)), default=0)
 
 
-def _is_body(module: nn.Module) -> bool:
-    kind = type(module).__name__
-    if kind in _RESNETS:  # only those that keep the resolution
-        return not (getattr(module, "up", False) or getattr(module, "down", False))
-    if kind == "Attention":
-        return module.residual_connection
-    return kind in _BLOCKS or (kind in _CONTAINERS and len(module.transformer_blocks) == 1)
-
-
 def _calling(cls: type, act: Callable, acting: Mapping, call: Callable[[], int | None]) -> Callable:
     """The call of a module of a class that does something else in some calls of its network."""
     signature = inspect.signature(cls.forward)
@@ -266,18 +226,7 @@ def _scaled(cls: type, module: nn.Module, bound: inspect.BoundArguments, factor:
 
 
 def _without(cls: type, module: nn.Module, bound: inspect.BoundArguments, _):
-    """What a residual body returns without its branches."""
-    kind, arguments = cls.__name__, bound.arguments
-    if kind in _RESNETS:
-        shortcut = module.conv_shortcut or nn.Identity()
-        return shortcut(arguments["input_tensor"]) / getattr(module, "output_scale_factor", 1.0)
-    if kind == "Attention":
-        return arguments["hidden_states"] / module.rescale_output_factor
-    names = _BLOCKS.get(kind, "hidden_states")
-    result = arguments[names] if isinstance(names, str) else tuple(arguments[name] for name in names)
-    if "return_dict" not in arguments:
-        return result
-    return Transformer2DModelOutput(sample=result) if arguments["return_dict"] else (result,)
+    return without_branches(cls.__name__, module, bound.arguments)
 
 
 def _call_of(scheduler, calls: int) -> int | None:
@@ -289,11 +238,3 @@ def _call_of(scheduler, calls: int) -> int | None:
     if len(scheduler.timesteps) != calls:
         raise UsageError(f"These layers are for {calls} network calls; this run has {len(scheduler.timesteps)}.")
     return (scheduler.begin_index or 0) if scheduler.step_index is None else scheduler.step_index
-
-
-def _zeros_through(network: nn.Module) -> Callable[[], object]:
-    if type(network).__name__ not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise UsageError(f"Pass run=, which calls this {type(network).__name__} with inputs as it will have them.")
-    x = torch.zeros(1, *sample_shape(network)).to(next(network.parameters()))
-    labels = {"class_labels": torch.zeros(1, dtype=torch.long, device=x.device)} if num_classes(network) else {}
-    return lambda: network(x, torch.zeros(1, device=x.device), **labels)

@@ -59,6 +59,14 @@ class Subject(ABC):
         return self.draw(file, seed, count)
 
     @abstractmethod
+    def network(self) -> torch.nn.Module:
+        """The network that is evaluated.
+
+        Raises:
+            UsageError: there is none, or several.
+        """
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the weights."""
 
@@ -127,9 +135,9 @@ class DenoiserSubject(Subject):
         return torch.cat(parts)
 
     def _without(self, layers: Mapping, run: Run):
-        return bypass(self._network(), layers, lambda: run.index) if layers else nullcontext()
+        return bypass(self.network(), layers, lambda: run.index) if layers else nullcontext()
 
-    def _network(self) -> torch.nn.Module:
+    def network(self):
         denoiser = self.denoiser.denoiser if isinstance(self.denoiser, Guided) else self.denoiser
         if not hasattr(denoiser, "net"):
             raise UsageError(f"{type(denoiser).__name__} has no network of which layers could be left out.")
@@ -139,7 +147,7 @@ class DenoiserSubject(Subject):
         return fingerprint(self.denoiser)
 
     def shares(self) -> dict[str, float]:
-        return skippable(self._network())
+        return skippable(self.network())
 
 
 class PipelineSubject(Subject):
@@ -257,8 +265,11 @@ class PipelineSubject(Subject):
             "return_dict": False,
         }
 
+    def network(self):
+        return network_of(self.pipe)
+
     def fingerprint(self) -> str:
-        return fingerprint(network_of(self.pipe))
+        return fingerprint(self.network())
 
     def shares(self) -> dict[str, float]:
         once = self.file(fine_plan(self.schedule, 2))
