@@ -27,6 +27,8 @@ _PUBLIC = {
     "RhoRKScheduler": "diffaccel.samplers.scheduler",
     "SearchedScheduler": "diffaccel.samplers.searched",
     "UniPCScheduler": "diffaccel.samplers.scheduler",
+    "PrunedUNet2DConditionModel": "diffaccel.prune.classes",
+    "PrunedUNet2DModel": "diffaccel.prune.classes",
     "Interval": "diffaccel.guidance.rules",
     "PerpNeg": "diffaccel.guidance.rules",
     "Rescale": "diffaccel.guidance.rules",
@@ -52,12 +54,13 @@ _PUBLIC = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
+_PRUNED = "diffaccel.prune.classes"  # has a class for every model of diffusers: PrunedFluxTransformer2DModel, …
 __all__ = [name for name in _PUBLIC if name not in ("ModelMixin", "SchedulerMixin")]
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PUBLIC or name.startswith("Pruned"):
+        value = getattr(importlib.import_module(_PUBLIC.get(name, _PRUNED)), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from branches import inputs_of, own, traces, zeroed
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from networks import tiny_unet
 from pipelines import IMAGE_TO_IMAGE, PIPELINES, check_close
 
