@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def check_apart(names: Iterable[str]) -> None:
         UsageError: naming both.
     """
     names = sorted(names, key=lambda name: name.split("."))
-    for outer, inner in zip(names, names[1:], strict=False):
+    for outer, inner in pairwise(names):
         if inner == outer or inner.startswith(outer + "."):
             raise UsageError(f"Both {outer} and {inner} are to be removed, but the first contains the second.")
 
