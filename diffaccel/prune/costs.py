@@ -15,7 +15,15 @@ from ..core.errors import UsageError
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__)
+_PRODUCTS = (
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    torch.Tensor.__matmul__,
+)
 _SUMMED = (torch.baddbmm, torch.addmm)  # their product comes second and third
 
 
@@ -34,7 +42,10 @@ def count_macs(network: nn.Module, run: Callable[[], object]) -> Counter:
         UsageError: ``run`` does not call the network.
     """
     counter = _Counter()
-    with _around(network, dict(network.named_modules()), counter.stack.append, lambda name: counter.stack.pop()), counter:
+    with (
+        _around(network, dict(network.named_modules()), counter.stack.append, lambda name: counter.stack.pop()),
+        counter,
+    ):
         run()
     if not counter.macs[""]:
         raise _not_called(network)
@@ -117,7 +128,9 @@ def _given(args: tuple, kwargs: dict, position: int, name: str) -> torch.Tensor:
 
 
 @contextmanager
-def _around(network: nn.Module, modules: dict, before: Callable[[str], object], after: Callable[[str], object]) -> Iterator:
+def _around(
+    network: nn.Module, modules: dict, before: Callable[[str], object], after: Callable[[str], object]
+) -> Iterator:
     """Call functions with a module's name before and after its calls, also those that end in an error."""
     hooks = []
     try:

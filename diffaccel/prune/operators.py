@@ -1,9 +1,11 @@
 """What can be removed from a diffusers network, found by the classes of its modules."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from ..core.errors import unknown
 from ..models.residual import BLOCKS, CONTAINERS, RESNETS, keeps_shape, unknown_layers
 from .replacements import Replacement
 
@@ -72,6 +74,17 @@ def operators(network: nn.Module, single: bool = False) -> dict[str, Operator]:
     if not found and not any(isinstance(module, Replacement) for module in modules.values()):
         raise unknown_layers("removable", network)
     return found
+
+
+def check_names(network: nn.Module, names: Iterable[str], table: Mapping[str, Operator]) -> None:
+    """Refuse names that are no operators of a network.
+
+    Raises:
+        UsageError: with the nearest name and all.
+    """
+    for name in names:
+        if name not in table:
+            raise unknown(f"removable layer of {type(network).__name__}", name, operators(network))
 
 
 def _what(module: nn.Module, parent: nn.Module, leaf: str, single: bool) -> tuple[str | None, str]:

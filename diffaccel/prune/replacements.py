@@ -1,7 +1,7 @@
 """Small modules that take the place of what is removed."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -76,14 +76,14 @@ class PassThrough(Replacement):
 class Zero(Replacement):
     """Zeros in place of a branch, in the shape of its input but without its memory."""
 
-    def forward(self, *args, **kwargs):
-        arguments = self.arguments(*args, **kwargs)
-        hidden, text = arguments[main_argument(arguments)], arguments.get("encoder_hidden_states")
-        return (_zeros(hidden), _zeros(text)) if self.joint and text is not None else _zeros(hidden)
-
     def __init__(self, body: nn.Module, kept: Sequence[str] = ()):
         super().__init__(body, kept)
         self.joint = is_joint(body)
+
+    def forward(self, *args, **kwargs):
+        arguments = self.arguments(*args, **kwargs)
+        hidden, text = _first(arguments), arguments.get("encoder_hidden_states")
+        return (_zeros(hidden), _zeros(text)) if self.joint and text is not None else _zeros(hidden)
 
 
 class LinearMap(Replacement):
@@ -105,15 +105,15 @@ class LinearMap(Replacement):
 
     def forward(self, *args, **kwargs):
         arguments = self.arguments(*args, **kwargs)
-        x = arguments[main_argument(arguments)]
+        x = _first(arguments)
         if x.ndim == 3:
             return packed(self.map(x), arguments)
         return packed(torch.einsum("oi,bi...->bo...", self.map.weight, x) + _column(self.map.bias, x), arguments)
 
 
-def main_argument(arguments) -> str:
-    """The name of what a module transforms, its first argument but for itself."""
-    return next(name for name in arguments if name != "self")
+def inputs_of(module: nn.Module, args: Sequence, kwargs: Mapping) -> torch.Tensor:
+    """What a module transforms, the first argument of its call."""
+    return args[0] if args else kwargs[next(iter(inspect.signature(module.forward).parameters))]
 
 
 def is_joint(module: nn.Module) -> bool:
@@ -146,6 +146,10 @@ def _put(root: nn.Module, path: str, module: nn.Module | None) -> nn.Module:
     if module is not None or leaf not in root._modules:
         root.add_module(leaf, module or nn.Module())
     return root._modules[leaf]
+
+
+def _first(arguments: Mapping) -> torch.Tensor:
+    return next(value for name, value in arguments.items() if name != "self")
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:

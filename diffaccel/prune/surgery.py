@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ..core.errors import UsageError, unknown
-from .operators import Operator, operators
+from ..core.errors import UsageError
+from .operators import Operator, check_names, operators
 from .replacements import LinearMap, Replacement, build
 
 Layers = Iterable[str | Mapping]
@@ -74,9 +74,7 @@ def _replace(network: nn.Module, layers: Layers, maps: Maps) -> tuple[list[dict]
     if not given:
         return [], {}
     table = operators(network, single=True)
-    for name in [record["name"] for record in given] + list(maps):
-        if name not in table:
-            raise unknown(f"removable layer of {type(network).__name__}", name, operators(network))
+    check_names(network, [*(record["name"] for record in given), *maps], table)
     check_apart(record["name"] for record in given)
     records, made = [], {}
     for record in given:
