@@ -69,7 +69,7 @@ def test_maps_are_better_than_nothing(name):
     def run():
         network(*args, **kwargs)
 
-    names = [key for key in operators(network)][::2]
+    names = list(operators(network))[::2]
     maps = fit_maps(network, names, run)
     for key in names:
         errors, given = [], []
@@ -109,7 +109,7 @@ def test_maps_are_saved(tmp_path):
 
 def test_what_cannot_be_fitted():
     network = tiny_unet()
-    with pytest.raises(UsageError, match="Did you mean 'mid_block.resnets.0'"):
+    with pytest.raises(UsageError, match=r"Did you mean 'mid_block\.resnets\.0'"):
         fit_maps(network, ["mid_block.resnet.0"], calls(network))
     with pytest.raises(UsageError, match="was not called"):
         fit_maps(network, ["mid_block.resnets.0"], lambda: None)
