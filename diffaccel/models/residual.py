@@ -59,12 +59,15 @@ def without_branches(kind: str, module: nn.Module, arguments: Mapping):
 
     Args:
         kind: name of its class.
-        module: the body, or anything with its shortcut and scale.
+        module: the body, or anything with its resampling, shortcut and scale.
         arguments: of its call, by name, defaults included.
     """
     if kind in RESNETS:
-        shortcut = module.conv_shortcut or nn.Identity()
-        return shortcut(arguments["input_tensor"]) / getattr(module, "output_scale_factor", 1.0)
+        x = arguments["input_tensor"]
+        resample = getattr(module, "upsample", None) or getattr(module, "downsample", None)
+        x = x if resample is None else resample(x)
+        x = x if module.conv_shortcut is None else module.conv_shortcut(x)
+        return x / getattr(module, "output_scale_factor", 1.0)
     if kind == "Attention":
         return arguments["hidden_states"] / module.rescale_output_factor
     names = BLOCKS.get(kind, "hidden_states")

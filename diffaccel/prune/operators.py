@@ -20,7 +20,7 @@ _BRANCHES = {
     "WanTransformerBlock": {"attn1": _SELF, "attn2": _CROSS, "ffn": _FEED},
 }
 KINDS = {
-    "resnet": "residual block of a U-Net that does not resample",
+    "resnet": "residual block of a U-Net",
     "attention": "attention of a U-Net without text",
     "transformer": "transformer inside a U-Net, with its projections",
     "block": "transformer block",
@@ -40,7 +40,8 @@ class Operator:
     Attributes:
         name: as in ``network.named_modules()``.
         kind: one of `KINDS`.
-        replacement: what takes its place: "identity", "shortcut" (its own, which is kept) or "zero" (of a branch).
+        replacement: what takes its place: "identity", "shortcut" (its own, which is kept, as is its resampling) or "zero"
+            (of a branch).
         kept: names, inside the module, of what stays.
     """
 
@@ -53,7 +54,7 @@ class Operator:
 def operators(network: nn.Module, single: bool = False) -> dict[str, Operator]:
     """Everything that can be removed, by name, outer before inner.
 
-    Up- and downsamplers, the first and last layers and embeddings never are.
+    The first and last layers, embeddings, and up- and downsampling never are.
 
     Args:
         network: a UNet2DModel, UNet2DConditionModel or another U-Net of theirs, or a transformer (DiT, PixArt, SD3, Flux,
@@ -93,21 +94,22 @@ def _what(module: nn.Module, parent: nn.Module, leaf: str, single: bool) -> tupl
     if branch:
         crosses = getattr(module, "is_cross_attention", True)  # a second attention may be to itself
         return (_SELF if branch == _CROSS and not crosses else branch), "zero"
+    if cls in RESNETS:
+        return "resnet", "identity" if keeps_shape(module) and module.conv_shortcut is None else "shortcut"
     if keeps_shape(module):
-        if cls in RESNETS:
-            return "resnet", "identity" if module.conv_shortcut is None else "shortcut"
         return "attention", "identity"
     if cls in CONTAINERS or cls in BLOCKS:
         return ("transformer" if cls in CONTAINERS else "block"), "identity"
     if single and outer in RESNETS and isinstance(module, nn.Conv2d) and leaf in ("conv1", "conv2"):
-        same = module.in_channels == module.out_channels and not (parent.up or parent.down)
+        same = module.in_channels == module.out_channels
         return ("convolution" if same else None), "identity"
     return None, ""
 
 
 def _kept(network: nn.Module, name: str, module: nn.Module, replacement: str) -> tuple[str, ...]:
     if replacement == "shortcut":
-        return ("conv_shortcut",)
+        parts = ("conv_shortcut", "upsample", "downsample")
+        return tuple(part for part in parts if isinstance(getattr(module, part, None), nn.Module))
     if type(network).__name__.endswith("DiTTransformer2DModel") and name == "transformer_blocks.0":
         return ("norm1.emb",)  # DiT's last layer asks its first block for the embedding of time and class
     return ()

@@ -11,7 +11,7 @@ from ..models.residual import packed, without_branches
 
 REPLACEMENTS = {
     "identity": "what comes in goes out",
-    "shortcut": "the block's own shortcut convolution",
+    "shortcut": "the block's own shortcut convolution and resampling",
     "zero": "the branch adds nothing",
     "linear": "a linear map of channels, fitted to the removed module",
 }
@@ -32,7 +32,9 @@ class Replacement(nn.Module):
     def __init__(self, body: nn.Module, kept: Sequence[str] = ()):
         super().__init__()
         self.kind = type(body).__name__
-        self._signature = inspect.signature(type(body).forward)
+        parameters = [*inspect.signature(type(body).forward).parameters.values()][1:]
+        self._names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        self._defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
         for name in kept:
             _put(self, name, body.get_submodule(name))
         gone = [name for name, _ in body.named_parameters() if not name.startswith(tuple(f"{one}." for one in kept))]
@@ -43,22 +45,22 @@ class Replacement(nn.Module):
         self.train(body.training)
 
     def arguments(self, *args, **kwargs) -> dict:
-        """Arguments of the removed module's call by name, defaults included."""
-        bound = self._signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments
+        """Arguments of the removed module's call by name, the first of its signature first, defaults included."""
+        given = dict(zip(self._names, args, strict=False))
+        return {self._names[0]: None, **self._defaults, **given, **kwargs}
 
     def extra_repr(self) -> str:
         return f"in place of {self.kind}"
 
 
 class Bypass(Replacement):
-    """A residual body without its branches: its shortcut and scale, or the identity."""
+    """A residual body without its branches: its resampling, shortcut and scale, or the identity."""
 
     def __init__(self, body: nn.Module, kept: Sequence[str] = ()):
         super().__init__(body, kept)
-        if not hasattr(self, "conv_shortcut"):
-            self.conv_shortcut = None
+        for part in ("conv_shortcut", "upsample", "downsample"):  # resampling may be a function
+            if not hasattr(self, part):
+                setattr(self, part, getattr(body, part, None))
         self.output_scale_factor = getattr(body, "output_scale_factor", 1.0)
         self.rescale_output_factor = getattr(body, "rescale_output_factor", 1.0)
 
@@ -149,7 +151,7 @@ def _put(root: nn.Module, path: str, module: nn.Module | None) -> nn.Module:
 
 
 def _first(arguments: Mapping) -> torch.Tensor:
-    return next(value for name, value in arguments.items() if name != "self")
+    return next(iter(arguments.values()))
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ def score(
     """
     names = list(names)
     path = None if path is None else Path(path)
-    journal = Journal(path, criterion.settings() if path else {}, resume=bool(path and path.exists()))
+    journal = Journal(path, criterion.settings() if path else {}, bool(path and path.exists()), "scoring")
     for done, name in enumerate(names, 1):
         if name not in journal.scores:
             journal.add(name, criterion.loss([name]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -85,11 +86,13 @@ def survey_network(
     table = operators(network, single)
     run = run or zeros_through(network)
     macs = count_macs(network, run)
-    still_run = {f"{name}.conv_shortcut" for name, one in table.items() if one.replacement == "shortcut"}
-    seconds = measure_seconds(network, run, [*table, *still_run], repeats) if repeats else None
+    still_run = {
+        name: [f"{name}.{part}" for part in one.kept] for name, one in table.items() if one.replacement == "shortcut"
+    }
+    seconds = measure_seconds(network, run, [*table, *chain(*still_run.values())], repeats) if repeats else None
 
     def saved(counts, name):
-        return counts[name] - counts.get(f"{name}.conv_shortcut", 0) * (f"{name}.conv_shortcut" in still_run)
+        return counts[name] - sum(counts[part] for part in still_run.get(name, ()))
 
     candidates = tuple(
         Candidate(

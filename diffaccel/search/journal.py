@@ -17,6 +17,7 @@ class Journal:
         path: of the file; None for a journal in memory only.
         settings: what scores depend on; a file with other settings is refused.
         resume: continue a file that exists; without, an existing one is refused.
+        what: it is the record of, for messages.
 
     Attributes:
         scores: of all keys so far.
@@ -27,14 +28,14 @@ class Journal:
         DataError: a file that is no journal.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping, resume: bool = False):
-        self.path, self.scores, self.facts = path and Path(path), {}, {}
+    def __init__(self, path: Path | None, settings: Mapping, resume: bool = False, what: str = "search"):
+        self.path, self.scores, self.facts, self.what = path and Path(path), {}, {}, what
         if self.path is None:
             return
         if resume:
             self._read(json.loads(json.dumps(settings)))
         elif self.path.exists():
-            raise UsageError(f"{self.path} holds another search: continue it with --resume, or remove it first.")
+            raise UsageError(f"{self.path} holds another {self.what}: continue it with --resume, or remove it first.")
         else:
             self._append({"settings": settings})
 
@@ -69,7 +70,7 @@ class Journal:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise UsageError(f"There is no search to resume at {self.path}: {error.strerror}.") from None
+            raise UsageError(f"There is no {self.what} to resume at {self.path}: {error.strerror}.") from None
         whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the machine stopped is dropped
         try:
             lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
@@ -81,10 +82,10 @@ class Journal:
                     score = math.inf if line["score"] is None else float(line["score"])
                     self.scores[line["key"]] = score if math.isfinite(score) else math.inf
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise DataError(f"{self.path} is not the journal of a search: {error!r}.") from None
+            raise DataError(f"{self.path} is not the journal of a {self.what}: {error!r}.") from None
         changed = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {found.get(key)!r} and is {settings.get(key)!r}" for key in sorted(changed))
-            raise UsageError(f"{self.path} belongs to a search with other settings: {listed}.")
+            raise UsageError(f"{self.path} belongs to a {self.what} with other settings: {listed}.")
         if len(whole) < len(data):
             self._write("rb+", lambda file: file.truncate(len(whole)))

@@ -125,6 +125,17 @@ diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})"""
     assert done.returncode and "diffaccel" in done.stderr.strip().splitlines()[-1], done.stderr
 
 
+def test_other_precision_and_several_files(tmp_path):
+    _, network, _, (args, kwargs) = pruned_case("sd")
+    network.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    opened = type(network).from_pretrained(tmp_path, torch_dtype=torch.float64)
+    args = [one.double() if torch.is_tensor(one) and one.is_floating_point() else one for one in args]
+    kwargs = {key: one.double() if torch.is_tensor(one) else one for key, one in kwargs.items()}
+    with torch.no_grad():
+        check_close(opened(*args, **kwargs)[0], network.double()(*args, **kwargs)[0], 1e-9)
+
+
 def test_nothing_removed_is_the_model_itself(tmp_path):
     network = tiny_unet()
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])

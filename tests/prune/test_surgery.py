@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from branches import inputs_of, own, traces, zeroed
+from diffusers import UNet2DModel
 from pipelines import PIPELINES, check_close
 
 from diffaccel.core.errors import UsageError
 from diffaccel.prune.operators import KINDS, operators
 from diffaccel.prune.replacements import REPLACEMENTS, Replacement
 from diffaccel.prune.surgery import is_pruned, remove, removed
+from diffaccel.prune.survey import survey_network
 from diffaccel.search.layers import network_of
 
 
@@ -106,6 +108,42 @@ def test_half_precision_training_and_chunks():
     assert grads == [True, True]
     half = network.to(torch.bfloat16)(x.bfloat16(), 5, text.bfloat16()).sample
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+@pytest.mark.parametrize(("up_and_down", "scale"), [("resnet", 2.0), ("conv", 1.0)])
+def test_blocks_that_resample_or_divide(up_and_down, scale):
+    """Resampling is kept, what is divided stays divided."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2,
+        downsample_type=up_and_down, upsample_type=up_and_down, mid_block_scale_factor=scale,
+    ).eval()  # fmt: skip
+    x, modules = torch.randn(2, 3, 8, 8), dict(network.named_modules())
+    names = list(operators(network))
+    assert sum("sampler" in name for name in names) == (2 if up_and_down == "resnet" else 0)
+    survey = survey_network(network, repeats=1)
+    with torch.no_grad():
+        for name in names:
+            with removed(network, [name]):
+                found = network(x, 5).sample
+                left = sum(weight.numel() for weight in network.parameters())
+            assert survey[name].parameters == survey.parameters - left
+            with zeroed(modules[name]):
+                check_close(found, network(x, 5).sample, 1e-6)
+
+
+def test_compiled_whole():
+    network, _ = case_of("sd")
+    remove(
+        network,
+        ["mid_block.attentions.0", "up_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0.ff"],
+    )
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        want = network(x, 5, text).sample
+        found = torch.compile(network, backend="eager", fullgraph=True)(x, 5, text).sample
+    check_close(found, want, 1e-6)
 
 
 def test_in_two_rounds():
