@@ -5,6 +5,7 @@ import re
 from contextlib import contextmanager
 
 import torch
+from pipelines import PIPELINES
 
 from diffaccel.search.layers import network_of
 
@@ -29,6 +30,20 @@ def inputs_of(case, pipe) -> tuple:
     case.call(pipe, 2)
     hook.remove()
     return seen[0]
+
+
+def deep(name, **changes):
+    """The network of a pipeline in `PIPELINES` with four blocks, and inputs."""
+    case = PIPELINES[name]
+    pipe = own(case)
+    small = network_of(pipe)
+    torch.manual_seed(0)
+    config = {key: value for key, value in small.config.items() if not key.startswith("_")}
+    network = type(small).from_config(config | {"num_layers": 4} | changes).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return network, inputs_of(case, pipe)
 
 
 @contextmanager

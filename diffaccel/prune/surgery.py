@@ -117,8 +117,8 @@ def _completed(record: Mapping, operator: Operator, maps: Maps) -> dict:
 def _built(body: nn.Module, operator: Operator, record: Mapping, values) -> nn.Module:
     if record["replacement"] != "linear":
         return build(body, record["replacement"], operator.kept)
-    if operator.replacement != "shortcut" and operator.kept:
-        raise UsageError(f"{operator.name} cannot be replaced by a linear map, since parts of it are used elsewhere.")
+    if set(operator.kept) - {"conv_shortcut"} or getattr(body, "up", False) or getattr(body, "down", False):
+        raise UsageError(f"{operator.name} resamples or is used elsewhere in parts; no linear map can take its place.")
     made: LinearMap = build(body, "linear", channels=record["channels"])
     if values is not None:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """What could be removed from a network, and what each removal would save."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -57,15 +58,18 @@ class Survey:
         Raises:
             UsageError: there is none.
         """
-        table = {candidate.name: candidate for candidate in self.candidates}
-        if name not in table:
-            raise unknown(f"removable layer of {self.network}", name, table)
-        return table[name]
+        if name not in self._table:
+            raise unknown(f"removable layer of {self.network}", name, self._table)
+        return self._table[name]
 
     @property
     def names(self) -> list[str]:
         """Names of all candidates."""
         return [candidate.name for candidate in self.candidates]
+
+    @functools.cached_property
+    def _table(self) -> dict[str, Candidate]:
+        return {candidate.name: candidate for candidate in self.candidates}
 
 
 def survey_network(

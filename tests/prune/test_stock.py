@@ -5,15 +5,13 @@ import copy
 import diffusers
 import pytest
 import torch
-from branches import inputs_of, own
+from branches import deep
 from pipelines import PIPELINES, check_close
 
 from diffaccel.core.errors import UsageError
 from diffaccel.prune.classes import prune
 from diffaccel.prune.stock import stock_model
-from diffaccel.search.layers import network_of
 
-DEPTH = {"num_layers": 4}
 NAMES = {
     "dit": ["transformer_blocks.1", "transformer_blocks.3"],
     "pixart": ["transformer_blocks.0", "transformer_blocks.2"],
@@ -23,19 +21,6 @@ NAMES = {
     "ltx": ["transformer_blocks.3"],
     "cogvideox": ["transformer_blocks.1"],
 }
-
-
-def deep(name, **more):
-    """The network of a pipeline with four blocks, and inputs."""
-    case = PIPELINES[name]
-    pipe = own(case)
-    small = network_of(pipe)
-    torch.manual_seed(0)
-    network = type(small).from_config(dict(small.config) | DEPTH | more).eval()
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
-    return network, inputs_of(case, pipe)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,10 +1,12 @@
 """Removal is the same as branches that end in zero; parameters and time are gone, nothing else changes."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from branches import inputs_of, own, traces, zeroed
+from branches import deep, inputs_of, own, traces, zeroed
 from diffusers import UNet2DModel
 from pipelines import PIPELINES, check_close
 
@@ -95,6 +97,37 @@ def test_removing_for_good(name):
     check_close(call(copy.deepcopy(network)), temporary, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sd3", {"dual_attention_layers": (0, 1)}), ("flux", {"num_layers": 2}), ("dit", {}), ("pixart", {})],
+)
+def test_blocks_among_others(name, changes):
+    """With second attentions, and feed-forwards of text that later blocks read."""
+    network, (args, kwargs) = deep(name, **changes)
+    names, modules = list(operators(network)), dict(network.named_modules())
+    ends = {key.rpartition(".")[2] for key in names}
+    assert name in ("dit", "pixart") or ends >= {"0", "attn", "ff", "ff_context"} | (
+        {"attn2"} if name == "sd3" else set()
+    )
+    with torch.no_grad():
+        for key in names:
+            with removed(network, [key]):
+                found = network(*args, **kwargs)[0]
+            with zeroed(modules[key]):
+                check_close(found, network(*args, **kwargs)[0], 1e-6)
+
+
+def test_what_is_removed_is_freed():
+    network, call = case_of("sd")
+    names = ["mid_block.resnets.0", "up_blocks.0.resnets.0", "mid_block.attentions.0.transformer_blocks.0.attn1"]
+    gone = [weakref.ref(network.get_submodule(name).get_parameter(leaf)) for name, leaf in zip(
+        names, ("conv1.weight", "conv1.weight", "to_q.weight"), strict=True)]  # fmt: skip
+    remove(network, names)
+    call()
+    gc.collect()
+    assert [one() for one in gone] == [None] * 3
+
+
 def test_half_precision_training_and_chunks():
     network, call = case_of("sd")
     records = remove(network, ["mid_block.attentions.0.transformer_blocks.0.ff", "up_blocks.0.resnets.0"])
@@ -177,6 +210,19 @@ def test_what_cannot_be_removed(layers, message):
         remove(network, layers)
     assert traces(network) == before
     check_close(call(), whole, 0)
+
+
+def test_what_no_linear_map_can_replace():
+    for name, gone, message in (
+        ("dit", "transformer_blocks.0", "used elsewhere"),
+        ("flux", "transformer_blocks.0", "returns image and text"),
+        ("sd3", "transformer_blocks.0.attn", "returns image and text"),
+    ):
+        network, call = case_of(name)
+        whole = call()
+        with pytest.raises(UsageError, match=message):
+            remove(network, [{"name": gone, "replacement": "linear", "channels": [16, 16]}])
+        check_close(call(), whole, 0)
 
 
 def test_networks_without_known_layers():
