@@ -1,13 +1,14 @@
 """What pruning scores are computed on: runs of the model itself from keyed noise, and the network calls in them."""
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from ..core.errors import UsageError
-from ..search.subjects import PipelineSubject, Subject, fine_plan
+from ..search.subjects import DenoiserSubject, PipelineSubject, Subject, fine_plan
 
 Calls = Sequence[tuple[tuple, Mapping]]  # arguments of network calls
 
@@ -60,13 +61,12 @@ class Calibration:
 
     def settings(self) -> dict:
         """What scores depend on besides the method, as plain JSON."""
-        own = self._given is None
+        drawn = {"count": self.count, "steps": self.steps, "seed": self.seed, "scheduler": digest(self.subject.config)}
         return {
             "model": self.subject.fingerprint(),
-            "count": self.count if own else None,
-            "steps": self.steps if own else None,
-            "seed": self.seed if own else None,
-            "calls": None if own else len(self._given),
+            **drawn,
+            "conditions": digest(_conditions(self.subject, self.count)),
+            "calls": None if self._given is None else digest(self._given),
         }
 
 
@@ -96,6 +96,38 @@ def calibrate(
     subject = PipelineSubject(pipe, conditions, settings, batch_size)
     subject.check_conditions()
     return Calibration(subject, **more)
+
+
+def digest(value) -> str:
+    """16 hexadecimal digits that tell nested values apart, tensors by their content."""
+    found = hashlib.sha256()
+
+    def add(one) -> None:
+        if isinstance(one, torch.Tensor):
+            found.update(f"{tuple(one.shape)} {one.dtype}".encode())
+            found.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(one, Mapping):
+            for key in sorted(one, key=str):
+                found.update(f"{key}:".encode())
+                add(one[key])
+        elif isinstance(one, (list, tuple)):
+            found.update(f"[{len(one)}]".encode())
+            for item in one:
+                add(item)
+        else:
+            found.update(f"{type(one).__name__} {one!r};".encode())
+
+    add(value)
+    return found.hexdigest()[:16]
+
+
+def _conditions(subject: Subject, count: int) -> list:
+    """What runs depend on besides weights and noise."""
+    if isinstance(subject, PipelineSubject):
+        return [type(subject.pipe).__name__, subject.conditions, subject.settings]
+    if isinstance(subject, DenoiserSubject):
+        return [getattr(subject.denoiser, "scale", None), subject.conditions(0, count)]
+    return []
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from ..core.errors import unknown
 from ..core.rng import KeyedRandom
-from .calibration import Calibration
+from .calibration import Calibration, digest
 from .surgery import Maps, removed
 
 _REDUCED = {"element": (0,), "channel": (0, *range(2, 9)), "global": tuple(range(9))}
@@ -38,7 +38,7 @@ class Criterion(ABC):
 
     def settings(self) -> dict:
         """What scores depend on, as plain JSON."""
-        return {"method": self.name, "linear": sorted(self.maps), **self.calibration.settings()}
+        return {"method": self.name, "linear": digest(self.maps) if self.maps else None, **self.calibration.settings()}
 
     def _removed(self, names: Iterable[str]):
         names = list(names)

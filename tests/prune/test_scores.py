@@ -15,7 +15,7 @@ from diffaccel.core.schedule import Flow
 from diffaccel.models.denoiser import NetworkDenoiser
 from diffaccel.models.teachers import load_pipeline
 from diffaccel.prune.additivity import check_additivity, nested, rank_correlation
-from diffaccel.prune.calibration import Calibration, calibrate
+from diffaccel.prune.calibration import Calibration, calibrate, digest
 from diffaccel.prune.criteria import Laptop, LDPruner, Magnitude, Random, latent_distance
 from diffaccel.prune.operators import operators
 from diffaccel.prune.scores import CRITERIA, get_criterion, score
@@ -198,6 +198,27 @@ def test_scoring_is_continued(tmp_path):
     path.write_text("nonsense\n")
     with pytest.raises(DataError, match="is not the journal"):
         score(Laptop(calibration), names, path)
+
+
+def test_scores_of_other_conditions_are_not_taken_for_these(tmp_path):
+    case = PIPELINES["sd"]
+    pipe, path = case.build(), tmp_path / "scores.jsonl"
+    settings = {"height": 8, "width": 8}
+    names = ["mid_block.resnets.0"]
+
+    def scored(prompt, **more):
+        calibration = calibrate(pipe, [{"prompt": prompt}], settings | more, count=2, steps=2)
+        return score(Laptop(calibration), names, path)
+
+    assert scored("a cat") == scored("a cat")
+    for wrong in (lambda: scored("a dog"), lambda: scored("a cat", guidance_scale=2.0)):
+        with pytest.raises(UsageError, match="belongs to a scoring with other settings: conditions was"):
+            wrong()
+    calibration = linear()
+    ones = [Laptop(Calibration(calibration.subject, calls=[((torch.full((1, *SHAPE), x),), {})])) for x in (1.0, 2.0)]
+    assert ones[0].settings()["calls"] != ones[1].settings()["calls"]
+    assert digest({"a": (1, 2), "b": [torch.ones(2)]}) == digest({"b": [torch.ones(2)], "a": (1, 2)})
+    assert len({digest(one) for one in (1, 1.0, "1", [1], [[1]], {"1": 1}, torch.ones(1), torch.ones(1, 1))}) == 8
 
 
 def test_what_is_not_finite_stays():
