@@ -74,9 +74,10 @@ class NetworkDenoiser(Denoiser):
         """Modules whose outputs, (B, C, h, w) or square (B, tokens, C), describe a noisy sample, in network order."""
 
     def forward(self, x_t, t, condition=None):
-        prediction = self.predict(x_t, t, condition).float()
-        alpha, sigma = self.level(t)
-        return convert(prediction, x_t.float(), self.prediction_type, "sample", alpha, sigma)
+        return self._clean(self.predict(x_t, t, condition), x_t, t)
+
+    def _clean(self, prediction, x_t, t) -> torch.Tensor:
+        return convert(prediction.float(), x_t.float(), self.prediction_type, "sample", *self.level(t))
 
     def denoising_error(self, x0, t, eps, condition=None) -> torch.Tensor:
         """(B,) mean squared error of the raw prediction at α·x0 + σ·eps: the loss this family was trained with."""
@@ -87,6 +88,11 @@ class NetworkDenoiser(Denoiser):
 
     def forward_with_features(self, x_t, t, condition=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Like a call, and in the same network evaluation the outputs of `feature_modules` as (B, C, h, w) float32."""
+        prediction, features = self.predict_with_features(x_t, t, condition)
+        return self._clean(prediction, x_t, t), features
+
+    def predict_with_features(self, x_t, t, condition=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Like `predict`, with the features of `forward_with_features`."""
         features: list[torch.Tensor] = []
 
         def keep(_module, _inputs, output):
@@ -99,11 +105,11 @@ class NetworkDenoiser(Denoiser):
 
         hooks = [module.register_forward_hook(keep) for module in self.feature_modules()]
         try:
-            x0 = self(x_t, t, condition)
+            prediction = self.predict(x_t, t, condition)
         finally:
             for hook in hooks:
                 hook.remove()
-        return x0, features
+        return prediction, features
 
     def clone(self) -> "NetworkDenoiser":
         """An independent copy with its own weights."""

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,14 @@ class Calibration:
         with _recorded(self.network, kept):
             self.latents()
         return kept
+
+    def one_call(self) -> Callable[[], object]:
+        """A function that calls the network as a run of one sample does first, a guidance pair as a batch of two."""
+        kept: list = []
+        with _recorded(self.network, kept):
+            self.subject.draw(self.subject.file(fine_plan(self.subject.schedule, 2)), self.seed, 1)
+        args, kwargs = kept[0]
+        return lambda: self.network(*args, **kwargs)
 
     @torch.no_grad()
     def outputs(self) -> Iterator[torch.Tensor]:

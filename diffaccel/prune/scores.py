@@ -77,6 +77,36 @@ def get_criterion(name: str) -> CriterionInfo:
     return CRITERIA[name]
 
 
+class Remembered:
+    """A criterion that computes the loss of a set of operators once, also over several runs.
+
+    Args:
+        criterion: a `criteria.Criterion`.
+        path: of a file to which each loss is added as soon as it is known, one JSON object per line; where it exists already,
+            with the same settings and weights, its losses are taken from there. None for memory alone.
+
+    Attributes:
+        journal: the losses by key, which is the sorted names with a plus sign between.
+
+    Raises:
+        UsageError: a file with losses of other settings or weights.
+        DataError: a file that holds none.
+    """
+
+    def __init__(self, criterion, path: Path | None = None):
+        self.criterion, path = criterion, None if path is None else Path(path)
+        settings = criterion.settings() if path else {}
+        self.journal = Journal(path, settings, bool(path and path.exists()), "scoring")
+
+    def loss(self, names: Iterable[str]) -> float:
+        """As the criterion's; infinite where that is not finite."""
+        names = list(names)
+        key = "+".join(sorted(names))
+        if key not in self.journal.scores:
+            self.journal.add(key, self.criterion.loss(names))
+        return self.journal.scores[key]
+
+
 def score(
     criterion,
     names: Iterable[str],
@@ -86,10 +116,9 @@ def score(
     """The loss of removing each operator alone, one pass each.
 
     Args:
-        criterion: a `criteria.Criterion`.
+        criterion: a `criteria.Criterion`, or one that is `Remembered` already.
         names: such as ``survey.names``.
-        path: of a file to which each score is added as soon as it is known, one JSON object per line; where it exists already,
-            with the same settings and weights, scoring is continued.
+        path: see `Remembered`.
         progress: told (name, score, number done, number of all) after each, those in the file included.
 
     Returns:
@@ -100,11 +129,10 @@ def score(
         DataError: a file that holds no scores.
     """
     names = list(names)
-    path = None if path is None else Path(path)
-    journal = Journal(path, criterion.settings() if path else {}, bool(path and path.exists()), "scoring")
+    losses = criterion if isinstance(criterion, Remembered) else Remembered(criterion, path)
+    found = {}
     for done, name in enumerate(names, 1):
-        if name not in journal.scores:
-            journal.add(name, criterion.loss([name]))
+        found[name] = losses.loss([name])
         if progress:
-            progress(name, journal.scores[name], done, len(names))
-    return {name: journal.scores[name] for name in names}
+            progress(name, found[name], done, len(names))
+    return found

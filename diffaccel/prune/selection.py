@@ -22,7 +22,7 @@ class Selection:
         names: of operators, none inside another, in network order.
         cost: what is counted, one of `survey.COSTS`.
         ratio: share of it that is saved.
-        score: sum of their scores.
+        score: sum of their scores; of those chosen by joint losses, see `joint`, the loss without all of them.
     """
 
     names: tuple[str, ...]
@@ -46,36 +46,66 @@ def select(
     Raises:
         UsageError: a ratio out of range or beyond what can be reached, which is named; unknown names.
     """
-    if not 0.0 <= ratio < 1.0:
-        raise UsageError(f"The ratio is the share to be saved, from 0 to below 1, such as 0.35; got {ratio:g}.")
-    if cost not in COSTS:
-        raise unknown("cost", cost, COSTS)
     if solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
-    whole = getattr(survey, cost)
-    if not whole:
-        raise UsageError(
-            "Time was not measured: survey_network(network, run, repeats=10), or count parameters or macs."
-        )
-    for name in scores:
-        survey[name]
-    items = [
-        one for one in survey.candidates if math.isfinite(scores.get(one.name, math.inf)) and getattr(one, cost) > 0
-    ]
-    most = reachable(survey, [item.name for item in items], cost)
-    if ratio > most + 1e-12:
-        raise UsageError(
-            f"At most {_share(most)} of the {_NOUNS[cost]} of this {survey.network} can be removed with these scores; got a ratio "
-            f"of {ratio:g}. Downsamplers, upsamplers, embeddings, shortcuts and the first and last layers always stay."
-        )
-    costs, values = ([float(getattr(one, cost)) for one in items], [scores[one.name] for one in items])
-    chosen = SOLVERS[solver](items, costs, values, min(ratio, most) * whole) if ratio else []
-    return Selection(
-        tuple(items[i].name for i in sorted(chosen)),
-        cost,
-        sum(costs[i] for i in chosen) / whole,
-        sum(values[i] for i in chosen),
-    )
+    task = Task.of(survey, scores, ratio, cost)
+    values = [scores[one.name] for one in task.items]
+    chosen = SOLVERS[solver](task.items, task.costs, values, task.target) if ratio else []
+    return task.selection([task.items[i].name for i in chosen], sum(values[i] for i in chosen))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be saved, and by which operators.
+
+    Attributes:
+        survey, cost: of `select`.
+        items: candidates that may go and save something, outer before inner.
+        costs: what each saves.
+        target: what is to be saved, in units of ``costs``.
+    """
+
+    survey: Survey
+    cost: str
+    items: list[Candidate]
+    costs: list[float]
+    target: float
+
+    @classmethod
+    def of(cls, survey: Survey, scores: Mapping[str, float], ratio: float, cost: str) -> "Task":
+        """The task of a call of `select`, which says what is raised."""
+        if not 0.0 <= ratio < 1.0:
+            raise UsageError(f"The ratio is the share to be saved, from 0 to below 1, such as 0.35; got {ratio:g}.")
+        if cost not in COSTS:
+            raise unknown("cost", cost, COSTS)
+        whole = getattr(survey, cost)
+        if not whole:
+            raise UsageError(
+                "Time was not measured: survey_network(network, run, repeats=10), or count parameters or macs."
+            )
+        for name in scores:
+            survey[name]
+        items = [
+            one for one in survey.candidates if math.isfinite(scores.get(one.name, math.inf)) and getattr(one, cost) > 0
+        ]
+        most = reachable(survey, [item.name for item in items], cost)
+        if ratio > most + 1e-12:
+            raise UsageError(
+                f"At most {_share(most)} of the {_NOUNS[cost]} of this {survey.network} can be removed with these scores; got a "
+                f"ratio of {ratio:g}. Downsamplers, upsamplers, embeddings, shortcuts and the first and last layers always stay."
+            )
+        return cls(survey, cost, items, [float(getattr(one, cost)) for one in items], min(ratio, most) * whole)
+
+    def met(self, saved: float) -> bool:
+        """Whether so much is enough, up to rounding."""
+        return saved >= self.target * (1 - 1e-12)
+
+    def selection(self, names: Iterable[str], score: float) -> Selection:
+        """These operators in network order, with what they save."""
+        chosen = set(names)
+        saved = sum(cost for item, cost in zip(self.items, self.costs, strict=True) if item.name in chosen)
+        ordered = tuple(item.name for item in self.items if item.name in chosen)
+        return Selection(ordered, self.cost, saved / getattr(self.survey, self.cost), score)
 
 
 def reachable(survey: Survey, names: Iterable[str] | None = None, cost: str = "parameters") -> float:
@@ -121,7 +151,10 @@ def _greedy(items: list[Candidate], costs: list[float], values: list[float], tar
 
 
 def _one_by_one(items: list[Candidate], costs: list[float], target: float, keys: list[float]) -> list[int]:
-    """Take the lowest keys until the target is met; an operator takes the place of those inside it that were taken."""
+    """Take the lowest keys until the target is met, then put back what is not needed, the highest keys first.
+
+    An operator takes the place of those inside it that were taken.
+    """
     chosen: list[int] = []
     for i in sorted(range(len(items)), key=keys.__getitem__):
         if sum(costs[j] for j in chosen) >= target * (1 - 1e-12):
@@ -129,7 +162,12 @@ def _one_by_one(items: list[Candidate], costs: list[float], target: float, keys:
         related = [j for j in chosen if nested(items[i].name, items[j].name)]
         if sum(costs[j] for j in related) < costs[i]:
             chosen = [j for j in chosen if j not in related] + [i]
-    return chosen if sum(costs[j] for j in chosen) >= target * (1 - 1e-12) else _largest(items, costs)
+    if sum(costs[j] for j in chosen) < target * (1 - 1e-12):
+        return _largest(items, costs)
+    for i in sorted(chosen, key=keys.__getitem__, reverse=True):
+        if sum(costs[j] for j in chosen if j != i) >= target * (1 - 1e-12):
+            chosen.remove(i)
+    return chosen
 
 
 def _knapsack(items: list[Candidate], costs: list[float], values: list[float], target: float) -> list[int]:
@@ -164,7 +202,15 @@ def _share(value: float) -> str:
 
 
 SOLVERS: dict[str, Callable[[list[Candidate], list[float], list[float], float], list[int]]] = {
-    "ascending": _ascending,  # lowest scores first, as LD-Pruner
-    "greedy": _greedy,  # lowest score for what is saved first
-    "knapsack": _knapsack,  # lowest sum of scores, as LAPTOP-Diff
+    "ascending": _ascending,
+    "greedy": _greedy,
+    "knapsack": _knapsack,
 }
+WAYS = {
+    "ascending": "lowest scores first until enough is saved, as LD-Pruner; what is not needed then is put back",
+    "greedy": "lowest score for what is saved first",
+    "knapsack": "lowest sum of scores that saves enough, as LAPTOP-Diff",
+    "searched": "lowest joint loss, by evolution from what the other three choose",
+    "iterative": "one after the other, scores computed again in between",
+}
+"""How operators are chosen, in words: by the `SOLVERS`, or by `joint`."""

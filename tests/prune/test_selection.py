@@ -87,8 +87,10 @@ def test_ascending_takes_the_lowest_first():
     found = select(survey, scores, 1e-6, solver="ascending")
     assert found.names == (outer[-1],)
     sizes = [survey[name].parameters for name in outer]
-    two = select(survey, scores, (sizes[-1] + 1) / survey.parameters, solver="ascending")
+    two = select(survey, scores, (sizes[-1] + sizes[-2]) / survey.parameters, solver="ascending")
     assert two.names == (outer[-2], outer[-1])
+    assert sizes[-2] > sizes[-1], "so the first is put back where the second alone is enough"
+    assert select(survey, scores, (sizes[-1] + 1) / survey.parameters, solver="ascending").names == (outer[-2],)
 
 
 def test_rounded_costs_of_a_real_network():
