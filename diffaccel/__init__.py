@@ -45,6 +45,7 @@ _PUBLIC = {
     "guide": "diffaccel.guidance.attach",
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
+    "prune_model": "diffaccel.pruning",
     "recommended_guidance": "diffaccel.guidance.settings",
     "remove_plan": "diffaccel.search.layers",
     "search_schedule": "diffaccel.solver_search",

@@ -27,6 +27,7 @@ RANK = {
     "evaluate": 5,
     "testing": 5,
     "distillation": 6,
+    "pruning": 6,
     "solver_search": 6,
     "cli": 7,
 }
@@ -36,6 +37,7 @@ FORBIDDEN = {
     ("generation", "training"),
     ("evaluate", "training"),
     ("evaluate", "distill"),
+    ("generation", "prune"),
     ("testing", "training"),
     ("testing", "distill"),
     ("testing", "generation"),

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import DiffaccelError
-from . import calibrate, compare, demo, distill, environment, evaluate, listing, sample, search, train
+from . import calibrate, compare, demo, distill, environment, evaluate, listing, prune, sample, search, train
 
 app = typer.Typer(
     name="diffaccel",
@@ -41,6 +41,7 @@ def root(
 
 app.command(name="demo")(demo.demo)
 app.command(name="distill")(distill.distill)
+app.command(name="prune")(prune.prune)
 app.command(name="train")(train.train)
 app.command(name="sample")(sample.sample)
 app.command(name="calibrate")(calibrate.calibrate)

@@ -94,7 +94,7 @@ def _recipes():
 
     return [
         {"name": name, "for": kind, "what": read_yaml(path).get("description", "")}
-        for kind in ("train", "distill")
+        for kind in ("train", "distill", "prune")
         for name, path in recipes(kind).items()
     ]
 
@@ -132,6 +132,21 @@ def _divergences():
     return [{"name": d.name, "character": d.character} for d in DIVERGENCES.values()]
 
 
+def _pruning():
+    from ..prune.scores import CRITERIA
+
+    return [
+        {"name": c.name, "what": c.summary, "cost of a score": c.cost, "selects": c.solver, "paper": c.paper or "–"}
+        for c in CRITERIA.values()
+    ]
+
+
+def _selections():
+    from ..prune.settings import WAYS
+
+    return [{"name": name, "what": what} for name, what in WAYS.items()]
+
+
 def _search(registry: str):
     """Rows of one of the tables of `solver_search`."""
 
@@ -150,6 +165,8 @@ _KINDS = {
     "guidance-settings": _guidance_settings,
     "methods": _methods,
     "divergences": _divergences,
+    "pruning": _pruning,
+    "selections": _selections,
     "teachers": _teachers,
     "recipes": _recipes,
     "objectives": _search("OBJECTIVES"),

@@ -1,12 +1,13 @@
 """What verbs share: tables, default run folders."""
 
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
-from ..core.errors import UsageError
+from ..core.errors import InterruptedRun, UsageError
 
 
 def note(text: str) -> None:
@@ -42,6 +43,11 @@ def run_folder(verb: str, *names: str) -> Path:
     """runs/DATE-TIME-VERB-NAMES, made of safe characters."""
     safe = ["".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) for name in names]
     return Path("runs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), verb, *safe])
+
+
+def interrupted(stop: BaseException, text: str) -> InterruptedRun:
+    """The error of work that Ctrl-C (KeyboardInterrupt) or SIGTERM (SystemExit) ended, with one sentence of what is left."""
+    return InterruptedRun(text, signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT)
 
 
 def _number(cell) -> bool:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from functools import partial
@@ -14,7 +13,7 @@ import typer
 
 from ..core.config import parse_overrides
 from ..core.errors import InterruptedRun, UsageError, unknown
-from .output import make_folder, note, table
+from .output import interrupted, make_folder, note, table
 
 _BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} schedules{postfix}"
 _EVERY = 30.0  # seconds between lines where there is no terminal
@@ -265,9 +264,8 @@ def _report(outcome, model: str, output: Path, seconds: float, as_json: bool, qu
 
 def _stopped(stop: BaseException, output: Path, alone: bool) -> InterruptedRun:
     """The error of an interrupted search, which says how to continue it."""
-    number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
     log = output.with_name(output.name + ".log")
     known = f" Every score so far is in {log}: repeat the command with --resume to go on." if log.exists() else ""
-    error = InterruptedRun(f"Interrupted.{known}", number)
+    error = interrupted(stop, f"Interrupted.{known}")
     error.told_elsewhere = not alone
     return error

@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-_COLOURS = ("#1b78c8", "#d2662c", "#2e9356", "#a35bc2", "#b8912a", "#7b8794")
+COLOURS = ("#1b78c8", "#d2662c", "#2e9356", "#a35bc2", "#b8912a", "#7b8794")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 260, 52, 14, 10, 40
 
 
@@ -29,7 +29,7 @@ def line_chart(
     points = [point for line in lines.values() for point in line]
     heights = [*levels.values(), *([0.0] if zero and not logarithmic else [])]
     heights += [y + side * (0.0 if logarithmic else spread) for _, y, spread in points for side in (1, -1)]
-    ticks = (_powers if logarithmic else _ticks)(min(heights), max(heights))
+    ticks = (_powers if logarithmic else round_ticks)(min(heights), max(heights))
     axis = math.log10 if logarithmic else float
     xs = sorted({x for x, _, _ in points})
     low, high = (axis(end) for end in (min(ticks[0], *heights), max(ticks[-1], *heights)))
@@ -50,7 +50,7 @@ def line_chart(
         marks.append(_text(end[0], top(y) - 4, name, end[1]))
     names = []
     for index, (name, line) in enumerate(lines.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         names.append(f"<b style='color:{colour}'>● {html.escape(name)}</b>")
         marks.append(_path("M" + "L".join(f"{left(x):.1f} {top(y):.1f}" for x, y, _ in line), colour, "stroke-width:2"))
         for x, y, spread in line:
@@ -64,7 +64,7 @@ def line_chart(
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, four to ten of them, around what is to be shown."""
     rough = (high - low) / 5 or 1.0
     power = 10.0 ** math.floor(math.log10(rough))

@@ -206,11 +206,3 @@ SOLVERS: dict[str, Callable[[list[Candidate], list[float], list[float], float], 
     "greedy": _greedy,
     "knapsack": _knapsack,
 }
-WAYS = {
-    "ascending": "lowest scores first until enough is saved, as LD-Pruner; what is not needed then is put back",
-    "greedy": "lowest score for what is saved first",
-    "knapsack": "lowest sum of scores that saves enough, as LAPTOP-Diff",
-    "searched": "lowest joint loss, by evolution from what the other three choose",
-    "iterative": "one after the other, scores computed again in between",
-}
-"""How operators are chosen, in words: by the `SOLVERS`, or by `joint`."""

@@ -40,7 +40,7 @@ def recipes_folder() -> Path:
 
 
 def recipes(kind: str) -> dict[str, Path]:
-    """Recipe files by name; kind is "train" or "distill"."""
+    """Recipe files by name; kind is "train", "distill" or "prune"."""
     return {path.stem: path for path in sorted((recipes_folder() / kind).glob("*.yaml"))}
 
 
