@@ -7,16 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from .core.errors import DataError, NumericalError, UsageError
+from .core.errors import UsageError
 from .core.files import atomic_directory, write_atomic
 from .core.processes import rank_and_world, usable_device
-from .evaluate.monitor import Monitor
-from .generation import generate
-from .models.conditioning import conditioning_of
-from .models.teachers import TEACHERS, load_pipeline
+from .evaluate.prune_judge import Judge, judge_for
+from .models.teachers import load_pipeline
 from .prune.calibration import Calibration, calibrate
 from .prune.classes import prune
 from .prune.joint import search_selection, select_iteratively
@@ -88,7 +85,7 @@ def run_pruning(
     survey = survey_network(calibration.network, calibration.one_call(), config.single, config.repeats)
     # What cannot be reached or measured fails here, before anything is scored or written.
     select(survey, dict.fromkeys(survey.names, 0.0), config.ratio, COSTS[config.cost], "ascending")
-    judge = _judge(config, pipe)
+    judge = judge_for(config, pipe)
     with RunDirectory(folder, settings, resume) as run:
         say(f"Scoring {len(survey.names)} layers of {config.model!r} by {config.method} in {folder}")
         losses = Remembered(get_criterion(config.method).load()(calibration, **_seed(config)), folder / "scores.jsonl")
@@ -194,46 +191,11 @@ def _plan(config: PruningConfig, survey: Survey, scores: dict, pipe, points: tup
     return asked | plan_of(survey, scores, records, *points, chosen.score)
 
 
-class _Judge:
-    """Fréchet distance of what a pipeline draws, from the same noise each time."""
-
-    def __init__(self, config: PruningConfig, pipe, prompts: list[str] | None):
-        self.config, self.prompts = config, prompts
-        info = TEACHERS.get(config.model)
-        reference = config.reference or (info.data if info else "")
-        monitor = Monitor(reference or self._images(pipe, config.seed + 1))
-        self.monitor, self.name = monitor, monitor.name + ("" if reference else " to the whole model")
-
-    def __call__(self, pipe) -> float:
-        """Infinite where images are not finite."""
-        try:
-            return self.monitor.distance(self._images(pipe, self.config.seed))
-        except NumericalError:
-            return math.inf
-
-    def _images(self, pipe, seed: int) -> torch.Tensor:
-        config = self.config
-        more = {"guidance_scale": config.guidance_scale, "batch_size": config.batch_size, "prompts": self.prompts}
-        return torch.cat([images for images, _ in generate(pipe, config.num, seed=seed, **more)])
-
-
-def _judge(config: PruningConfig, pipe) -> _Judge | None:
-    """None where no distance is wanted, or the pipeline is of a kind that `generate` cannot call."""
-    if not config.num:
-        return None
-    prompts = prompts_for(config)
-    try:
-        conditioning_of(pipe, prompts=prompts)
-    except DataError:
-        return None
-    return _Judge(config, pipe, prompts)
-
-
 def _measured(
     config: PruningConfig,
     calibration: Calibration,
     points: list[Point],
-    judge: _Judge | None,
+    judge: Judge | None,
     folder: Path,
     bars: _Bars,
 ) -> list[Point]:

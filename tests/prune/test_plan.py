@@ -61,7 +61,7 @@ def test_time_in_turns(surveyed):
 
 
 def test_pictures(surveyed):
-    network, survey, scores = surveyed
+    _, survey, scores = surveyed
     scores[survey.names[0]] = math.inf
     scores[survey.names[1]] = 0.0
     gone = select(survey, scores, 0.3).names

@@ -107,7 +107,7 @@ def test_parts_of_a_batch_give_its_loss():
 def test_blocks_that_are_gone_are_asked_for_nothing():
     recovery = pair("digits-flow", slice(0, 1))
     blocks = len(recovery.teacher.feature_modules())
-    assert [name for name in operators(recovery.teacher.net)][0] == "transformer_blocks.0"
+    assert next(iter(operators(recovery.teacher.net))) == "transformer_blocks.0"
     assert recovery.blocks == list(range(1, blocks))
     assert pair("digits", slice(0, 1)).blocks == list(range(5))
 
