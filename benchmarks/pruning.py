@@ -51,7 +51,7 @@ from diffaccel.training.rundir import RunDirectory
 
 METHODS = ("ld-pruner", "laptop", "magnitude", "random")
 DRAWS = 5
-SETTINGS = {"tiny-sd": {"guidance_scale": 3.0, "samples": 8}}
+SETTINGS = {"tiny-sd": {"guidance_scale": 3.0, "samples": 4, "steps": 5}}
 # No pictures and one checkpoint at the end, states of a cheaper solver: all that a recovery computes besides its steps.
 QUICK = ("trainer.sample_every=0", "trainer.checkpoint_every=0", "method.pool=512", "method.pool_steps=10")
 SD15 = {

@@ -1,6 +1,6 @@
 """Recovery of a pruned model: it learns what the whole one predicts, and what goes on inside it, at states of that model.
 
-The losses are those of LAPTOP-Diff (Zhang et al. 2024, arXiv 2404.11098, section 3.3) on BK-SDM's blocks (Kim et al. 2023,
+The losses are those of LAPTOP-Diff (Zhang et al. 2024, arXiv 2404.11098) on BK-SDM's blocks (Kim et al. 2024,
 arXiv 2305.15798): of the output, of the features at the end of every block, and of the task itself if wanted.
 """
 
@@ -182,7 +182,7 @@ def normalized_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tenso
     """Mean over samples of ‖ours − theirs‖² / ‖theirs‖², for features (B, C, h, w).
 
     Features of different blocks differ by orders of magnitude, so that plain losses learn those of few blocks; relative to
-    the whole model's own squared norm all count alike (Zhang et al. 2024, section 3.3). 1 where ours are zero.
+    the whole model's own squared norm all count alike (Zhang et al. 2024). 1 where ours are zero.
     """
     squares = theirs.square().flatten(1).sum(1)
     return ((ours - theirs).square().flatten(1).sum(1) / squares.clamp_min(torch.finfo(squares.dtype).tiny)).mean()

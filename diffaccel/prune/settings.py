@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config import build, to_dict
+from ..core.config import build, merge, to_dict
 from ..core.errors import UsageError, unknown
 from ..training.recipes import RunConfig, read_recipe, recipes, resolve
 from .scores import get_criterion
@@ -122,7 +122,10 @@ def resolve_pruning(
         return config, None
     name = f"{config.model}-recovery"
     base = stored or read_recipe("prune", name if name in recipes("prune") else "recovery")
-    flags = {"teacher": config.model, "trainer": {} if stored else {"seed": config.seed}}
+    flags: dict[str, Any] = {"teacher": config.model, "trainer": {}}
+    if not stored:  # what has been settled for the run holds for its recovery, unless that is told otherwise
+        flags["trainer"]["seed"] = config.seed
+        flags["method"] = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     if recover is not None:
         flags["trainer"]["steps"] = recover
-    return config, resolve(base, None, list(assignments), flags | recovery)
+    return config, resolve(merge(base, flags), None, list(assignments), recovery)

@@ -94,6 +94,12 @@ def test_settings_of_a_run():
     config, recovery = resolve_pruning({"model": "digits", "seed": 3}, 7, more, ["trainer.batch_size=8"])
     assert (recovery.trainer.steps, recovery.trainer.batch_size, recovery.trainer.seed) == (7, 8, 3)
     assert recovery.method == {"name": "recovery", "features": "plain"} and recovery.data == "digits"
+    guided = resolve_pruning({"model": "digits", "guidance_scale": 2.0}, 7)[1]
+    assert guided.method["guidance_scale"] == 2.0
+    told = resolve_pruning(
+        {"model": "digits", "guidance_scale": 2.0}, 7, None, ["method.guidance_scale=4", "trainer.seed=5"]
+    )[1]
+    assert told.method["guidance_scale"] == 4 and told.trainer.seed == 5
     general = resolve_pruning({"model": "some/folder"}, 7)[1]
     assert general.trainer.optimizers["student"].lr < recovery.trainer.optimizers["student"].lr
     stored = {
