@@ -7,7 +7,8 @@
     python benchmarks/pruning.py latency                    # a random U-Net of Stable Diffusion 1.5's size
 
 recovery: the share `ratio` of the parameters goes, chosen by each method as its paper does (ld-pruner by lowest scores,
-laptop by a knapsack), magnitude and random by lowest scores; random is the mean over five draws. FD of N = 1,000 images
+laptop by a knapsack), magnitude and random by lowest scores; random is the mean over five draws, which the seeds share
+out among them. FD of N = 1,000 images
 at the teacher's own number of steps, before and after the same recovery, whose steps, states and learning rates are the
 same for all. A seed is that of calibration, recovery and images alike.
 
@@ -152,12 +153,12 @@ def recovery_table(log: Log, teachers, ratios, seeds, draws: int, steps: int, nu
     """Distances by method, before and after."""
     for teacher in teachers:
         found: dict = {}
-        for seed in seeds:
+        for turn, seed in enumerate(seeds):
             bench = Bench(teacher, seed, num)
             whole = log.get([teacher, seed, num, "whole"], lambda bench=bench: bench.before(()))
             for ratio in ratios:
                 for method in METHODS:
-                    for draw in range(draws if method == "random" else 1):
+                    for draw in range(turn, draws, len(seeds)) if method == "random" else [0]:
                         names = [*bench.chosen(method, ratio, draw)]
                         keys = [teacher, seed, num, names], [teacher, seed, num, names, steps, "normalized"]
                         before = log.get(keys[0], lambda b=bench, names=names: b.before(names))
