@@ -17,7 +17,7 @@ from .saving import save_pipeline
 from .settings import PruningConfig
 from .states import piped, recoverable
 
-_SHOWN = 40  # samples of the pictures
+_SHOWN, _SHOWN_OF_PROMPTS = 40, 10  # samples of the pictures
 _MANY = 1000  # prompts whose states are kept
 
 
@@ -60,18 +60,19 @@ class PipelineRecovery:
         Raises:
             NumericalError, InterruptedRun: see `training.trainer.Trainer.fit`.
         """
+        batch_size, seed = self.config.batch_size, self.trainer.seed
         student, conditions = recoverable(pruned, self.prompts)
         whole, _ = recoverable(piped(pruned, teacher), self.prompts and self.prompts[:1])
 
         def show(network) -> torch.Tensor:
-            subject = PipelineSubject(piped(pruned, network), self._shown(pruned), call_of(self.config))
+            subject = PipelineSubject(piped(pruned, network), self._shown(pruned), call_of(self.config), batch_size)
             plan = fine_plan(subject.schedule, self.config.steps)
-            return subject.images(subject.file(plan), 0, _SHOWN)
+            return subject.images(subject.file(plan), 0, _SHOWN_OF_PROMPTS if self.prompts else _SHOWN)
 
         def save(network, folder: Path) -> None:
             save_pipeline(piped(pruned, network), folder)
 
-        method = Recovery(student, whole, conditions, self.data, self.settings, self.trainer.seed, show, save)
+        method = Recovery(student, whole, conditions, self.data, self.settings, seed, show, save, batch_size)
         trainer = Trainer(method, self.trainer, run, self.accelerator, progress=progress)
         if resume:
             trainer.restore()

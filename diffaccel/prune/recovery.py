@@ -42,6 +42,7 @@ class Recovery(Method):
         seed: of the samples.
         show: draws the pictures of a run with a network: (N, C, H, W) in [−1, 1]; None for none.
         save: writes a network's pipeline into an empty folder.
+        batch_size: samples that the teacher draws at once.
 
     Raises:
         UsageError: models with features of different number.
@@ -97,6 +98,7 @@ class Recovery(Method):
         seed: int,
         show: Callable[[nn.Module], torch.Tensor | None],
         save: Callable[[nn.Module, Path], None],
+        batch_size: int = 64,
     ):
         self.config, self._show, self._save = config, show, save
         self.teacher = teacher.eval().requires_grad_(False)
@@ -110,7 +112,7 @@ class Recovery(Method):
         # What goes on in a block that is gone is nobody's to learn.
         self.blocks = [index for index, module in enumerate(modules) if not isinstance(module, Replacement)]
         self.data = data or DrawnStates(
-            self.teacher, conditions, config.pool, config.pool_steps, config.guidance_scale, seed
+            self.teacher, conditions, config.pool, config.pool_steps, config.guidance_scale, seed, batch_size
         )
 
     def to(self, device):

@@ -241,6 +241,21 @@ def test_a_pruned_model_is_pruned_further_and_drawn_from(run, whole, tmp_path):
     run("evaluate", "fid", tmp_path / "again" / "final", "digits", "--num", 60, "--steps", 2)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+def test_a_text_to_image_model(run, tmp_path):
+    """In Stable Diffusion's layout, with a recovery on prompts; its folder brings prompts and tokenizer along."""
+    (tmp_path / "prompts.txt").write_text("red apple\nrose\ncat face\n")
+    small = ("--set", "trainer.batch_size=2", "--set", "method.pool=4", "--set", "method.pool_steps=2")
+    run(*brief(tmp_path / "run", "--model", "tiny-sd", "--prompts", tmp_path / "prompts.txt", "--ratio", 0.2,
+               "--guidance-scale", 3, "--recover", 2, *small))  # fmt: skip
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("rose", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64) and type(pipe.unet) is diffaccel.PrunedUNet2DConditionModel
+    run("sample", tmp_path / "run" / "final", "-n", 1, "--steps", 2, "--grid", tmp_path / "grid.png")
+
+
 def test_from_python(tmp_path, whole):
     settings = {"samples": 4, "steps": 2, "num": 60, "repeats": 0, "curve": (0.2,), "ratio": 0.35}
     recovery = ["trainer.batch_size=8", "method.pool=16", "method.pool_steps=2", "trainer.checkpoint_every=2"]
