@@ -126,6 +126,8 @@ def resolve_pruning(
     if not stored:  # what has been settled for the run holds for its recovery, unless that is told otherwise
         flags["trainer"]["seed"] = config.seed
         flags["method"] = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    if given.get("device") in ("auto", "cpu", "cuda"):
+        flags["trainer"]["device"] = config.device
     if recover is not None:
         flags["trainer"]["steps"] = recover
     return config, resolve(merge(base, flags), None, list(assignments), recovery)

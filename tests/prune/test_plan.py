@@ -95,7 +95,8 @@ def test_settings_of_a_run():
     assert (recovery.trainer.steps, recovery.trainer.batch_size, recovery.trainer.seed) == (7, 8, 3)
     assert recovery.method == {"name": "recovery", "features": "plain"} and recovery.data == "digits"
     guided = resolve_pruning({"model": "digits", "guidance_scale": 2.0}, 7)[1]
-    assert guided.method["guidance_scale"] == 2.0
+    assert guided.method["guidance_scale"] == 2.0 and guided.trainer.device == "auto"
+    assert resolve_pruning({"model": "digits", "device": "cpu"}, 7)[1].trainer.device == "cpu"
     told = resolve_pruning(
         {"model": "digits", "guidance_scale": 2.0}, 7, None, ["method.guidance_scale=4", "trainer.seed=5"]
     )[1]
