@@ -204,6 +204,10 @@ def plot(name: str, found: dict, folder: Path) -> None:
     left.axhline(found["floor"], color="grey", linestyle=":", label="real images")
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"FD-{found['features']}", title=name)
     left.set_xticks(steps, [str(step) for step in steps])
+    marks = [
+        mark for mark in (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15) if left.get_ylim()[0] <= mark <= left.get_ylim()[1]
+    ]
+    left.set_yticks(marks, [f"{mark:g}" for mark in marks])
     left.minorticks_off()
     left.legend(fontsize=8)
     scales = [row[0] for row in found["guidance"]]
