@@ -21,8 +21,9 @@ REPLACEMENTS = {
 class Replacement(nn.Module):
     """Base of what is called like the module that it replaces.
 
-    It has one parameter name of that module with a tensor without elements, so that loading its weights into the whole
-    network ends in an error instead of a network with random weights.
+    One parameter name of that module stays in the state dict, with a tensor without elements, so that loading its weights into
+    the whole network ends in an error instead of a network with random weights. No module of that name does, which adapters
+    (LoRA) would look for.
 
     Args:
         body: the removed module; not kept.
@@ -37,11 +38,11 @@ class Replacement(nn.Module):
         self._defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
         for name in kept:
             _put(self, name, body.get_submodule(name))
-        gone = [name for name, _ in body.named_parameters() if not name.startswith(tuple(f"{one}." for one in kept))]
+        parts = {name.partition(".")[0] for name in kept}
+        gone = [name for name, _ in body.named_parameters() if name.partition(".")[0] not in parts]
+        self._gone = gone[0] if gone else ""
         if gone:
-            path, _, leaf = gone[0].rpartition(".")
-            holder = _put(self, path, None) if path else self
-            holder.register_buffer(leaf, torch.empty(0))
+            _hide(self, self._gone)
         self.train(body.training)
 
     def arguments(self, *args, **kwargs) -> dict:
@@ -51,6 +52,23 @@ class Replacement(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in place of {self.kind}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._gone:
+            destination[prefix + self._gone] = torch.empty(0)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        key = prefix + self._gone
+        if not self._gone:
+            return
+        if key in unexpected:
+            unexpected.remove(key)
+        if strict and key not in state_dict:
+            missing.append(key)
+        elif key in state_dict and state_dict[key].numel():
+            errors.append(f"{key} has weights, but the {self.kind} they belong to is gone.")
 
 
 class Bypass(Replacement):
@@ -110,7 +128,8 @@ class LinearMap(Replacement):
         x = _first(arguments)
         if x.ndim == 3:
             return packed(self.map(x), arguments)
-        return packed(torch.einsum("oi,bi...->bo...", self.map.weight, x) + _column(self.map.bias, x), arguments)
+        columns = nn.functional.conv1d(x.flatten(2), self.map.weight.unsqueeze(2), self.map.bias)
+        return packed(columns.unflatten(2, x.shape[2:]), arguments)
 
 
 def inputs_of(module: nn.Module, args: Sequence, kwargs: Mapping) -> torch.Tensor:
@@ -135,19 +154,31 @@ def build(body: nn.Module, replacement: str, kept: Sequence[str] = (), channels:
     else:
         made = PassThrough(body, kept) if isinstance(body, nn.Conv2d) else Bypass(body, kept)
     like = next(body.parameters(), None)
-    return made if like is None else made.to(device=like.device, dtype=like.dtype)
+    if like is not None and isinstance(made, LinearMap):  # what is kept of others stays as it is
+        made.to(device=like.device, dtype=like.dtype)
+    return made
 
 
-def _put(root: nn.Module, path: str, module: nn.Module | None) -> nn.Module:
-    """Set a module at a dotted path, with empty modules on the way; with None, the empty module at its end."""
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Set a module at a dotted path, with empty modules on the way."""
     *outer, leaf = path.split(".")
     for name in outer:
         if name not in root._modules:
             root.add_module(name, nn.Module())
         root = root._modules[name]
-    if module is not None or leaf not in root._modules:
-        root.add_module(leaf, module or nn.Module())
-    return root._modules[leaf]
+    root.add_module(leaf, module)
+
+
+def _hide(root: nn.Module, path: str) -> None:
+    """Make a tensor without elements an attribute at a dotted path, where no list of modules or buffers has it.
+
+    Loaders of large models look for what a state dict names by its attributes.
+    """
+    *outer, leaf = path.split(".")
+    for name in outer:
+        root.__dict__[name] = nn.Module()
+        root = root.__dict__[name]
+    root.register_buffer(leaf, torch.empty(0), persistent=False)
 
 
 def _first(arguments: Mapping) -> torch.Tensor:
@@ -156,7 +187,3 @@ def _first(arguments: Mapping) -> torch.Tensor:
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(()).expand(like.shape)
-
-
-def _column(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return bias.reshape(-1, *(1,) * (like.ndim - 2))

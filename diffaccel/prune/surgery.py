@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.errors import UsageError
 from .operators import Operator, check_names, operators
-from .replacements import LinearMap, Replacement, build
+from .replacements import LinearMap, build
 
 Layers = Iterable[str | Mapping]
 Maps = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -48,11 +48,6 @@ def removed(network: nn.Module, layers: Layers, maps: Maps | None = None) -> Ite
     finally:
         for name, module in former.items():
             _set(network, name, module)
-
-
-def is_pruned(network: nn.Module) -> bool:
-    """Whether something was removed from a network."""
-    return any(isinstance(module, Replacement) for module in network.modules())
 
 
 def check_apart(names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import diffaccel
 from diffaccel.core.errors import UsageError
 from diffaccel.prune.classes import prune
+from diffaccel.prune.costs import count_macs
 from diffaccel.prune.fit import fit_maps
 from diffaccel.prune.operators import operators
 from diffaccel.prune.surgery import removed
@@ -41,6 +42,14 @@ def test_a_linear_operator_is_replaced_exactly():
             for one, other in zip(run(), want, strict=True):
                 check_close(one, other, 1e-4)
     assert records == [{"name": "mid_block.resnets.0", "kind": "resnet", "replacement": "linear", "channels": [16, 16]}]
+
+
+def test_a_map_is_counted():
+    network, name = tiny_unet(), "up_blocks.1.resnets.0"
+    run = calls(network, 1)
+    maps = fit_maps(network, [name], run)
+    with removed(network, [name], maps):
+        assert count_macs(network, run)[name] == 16 * 8 * 24 * 64  # samples, width after and before, pixels
 
 
 def test_the_least_squares_solution():
