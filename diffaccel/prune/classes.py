@@ -53,8 +53,8 @@ def prune(model, layers: Layers, maps: Maps | None = None):
     kept = [old for old in before if not any(old["name"].startswith(new["name"] + ".") for new in records)]
     network.register_to_config(pruned_layers=kept + records)
     if model is not network:
-        (name,) = [name for name, part in model.components.items() if part is network]
-        model.register_modules(**{name: network})
+        parts = {name: part for name, part in model.components.items() if getattr(part, "_orig_mod", part) is network}
+        model.register_modules(**parts)
     return model
 
 
@@ -80,6 +80,7 @@ def pruned_class(base: type) -> type:
             raise DataError(f"pruned_layers of this {cls.__name__}: {error}") from None
         self.register_to_config(pruned_layers=records)
 
+    @functools.wraps(base.save_pretrained)  # pipelines pass on what its signature names
     def save_pretrained(self, save_directory, *args, **kwargs):
         base.save_pretrained(self, save_directory, *args, **kwargs)
         readme = Path(save_directory) / "README.md"

@@ -103,6 +103,60 @@ pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path / "pipe")!r})""
     check_close(torch.load(tmp_path / "found.pt", weights_only=True), want, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ({"variant": "fp16"}, ["diffusion_pytorch_model.fp16.safetensors"]),
+        ({"safe_serialization": False}, ["diffusion_pytorch_model.bin"]),
+    ],
+)
+def test_how_a_pipeline_is_saved_holds_for_its_pruned_network(options, files, tmp_path):
+    pipe, network, _, (args, kwargs) = pruned_case("sd")
+    pipe.save_pretrained(tmp_path, **options)
+    assert [path.name for path in (tmp_path / "unet").glob("diffusion*")] == files
+    settings = {key: value for key, value in options.items() if key == "variant"}
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **settings)
+    with torch.no_grad():
+        check_close(opened.unet(*args, **kwargs)[0], network(*args, **kwargs)[0], 1e-6)
+
+
+def test_a_compiled_pipeline(tmp_path):
+    pipe = own(PIPELINES["sd"])
+    network = pipe.unet
+    pipe.unet = torch.compile(network, backend="eager")
+    assert prune(pipe, ["mid_block.attentions.0"]) is pipe and pipe.unet._orig_mod is network
+    pipe.save_pretrained(tmp_path)
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(opened.unet) is type(network) is diffaccel.PrunedUNet2DConditionModel
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
+def test_nothing_is_called_like_what_is_gone(name):
+    """Adapters such as LoRA find layers by the names of modules; of one that is gone only the weights' name is left."""
+    _, network, chosen, _ = pruned_case(name)
+    whole = network_of(PIPELINES[name].build())
+    modules, weights = dict(network.named_modules()), network.state_dict()
+    for layer in chosen:
+        inside = [key for key, _ in whole.named_parameters() if key.startswith(f"{layer}.")]
+        empty = [key for key in inside if key in weights and not weights[key].numel()]
+        assert len(empty) == 1
+        gone = {key.rpartition(".")[0] for key in inside if key not in weights or key in empty} - {layer}
+        assert gone and not any(key in modules and [*modules[key].state_dict()] == [] for key in gone), layer
+        assert empty[0].rpartition(".")[0] not in modules
+
+
+def test_weights_of_the_whole_model_are_refused():
+    _, network, _, _ = pruned_case("classes")
+    weights = network.state_dict()
+    assert network.load_state_dict(weights).missing_keys == []
+    whole = PIPELINES["classes"].build().unet.state_dict()
+    with pytest.raises(RuntimeError, match="has weights, but the ResnetBlock2D they belong to is gone"):
+        network.load_state_dict({key: whole[key] for key in weights})
+    (key, *_) = [key for key, value in weights.items() if not value.numel()]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict({name: value for name, value in weights.items() if name != key})
+
+
 def test_the_plain_class_refuses_it(tmp_path):
     """Instead of random weights where layers are missing."""
     _, network, _, _ = pruned_case("classes")
