@@ -26,7 +26,8 @@ class Judge:
         name: of the distance.
 
     Raises:
-        DataError, MissingWeightsError, UsageError: see `monitor.Monitor`.
+        DataError, MissingWeightsError, UsageError: see `monitor.Monitor`; a reference of features that do not read this
+            pipeline's images.
     """
 
     def __init__(self, config: PruningConfig, pipe, prompts: list[str] | None):
@@ -34,6 +35,8 @@ class Judge:
         info = TEACHERS.get(config.model)
         reference = config.reference or (info.data if info else "")
         monitor = Monitor(reference or self._images(pipe, config.seed + 1))
+        shape = conditioning_of(pipe, prompts=prompts).image_shape
+        monitor.extractor(torch.zeros(1, *shape, dtype=torch.uint8))  # an error here comes before hours of scores
         self._monitor, self.name = monitor, monitor.name + ("" if reference else " to the whole model")
 
     def __call__(self, pipe) -> float:
@@ -50,12 +53,18 @@ class Judge:
 
 
 def judge_for(config: PruningConfig, pipe) -> Judge | None:
-    """None where no distance is wanted, or the pipeline is of a kind that `generate` cannot call."""
+    """None where no distance is wanted, or the pipeline is of a kind that `generate` cannot call.
+
+    Raises:
+        DataError: it is, and there is a reference; see `Judge`.
+    """
     if not config.num:
         return None
     prompts = prompts_for(config)
     try:
         conditioning_of(pipe, prompts=prompts)
     except DataError:
+        if config.reference:
+            raise
         return None
     return Judge(config, pipe, prompts)

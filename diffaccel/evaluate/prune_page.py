@@ -30,14 +30,16 @@ def lines(outcome: Outcome) -> list[list[str]]:
 
 def notes(outcome: Outcome) -> list[str]:
     """Sentences below the table."""
-    config, removed = outcome.config, len(outcome.plan["removed"])
+    config, gone = outcome.config, outcome.plan["removed"]
     left = outcome.pruned.shares(outcome.whole)
     told = ", ".join(f"{share:.1%} of the {NOUNS[cost]}" for cost, share in left.items())
-    found = [f"{removed} of {len(outcome.survey.names)} layers removed by {config.method}; left are {told}."]
+    found = [f"{len(gone)} of {len(outcome.survey.names)} layers removed by {config.method}; left are {told}."]
     if outcome.distance:
         found.append(
             f"Distances are plug-in values on {config.num} images of seed {config.seed}; compare equal numbers only."
         )
+    elif config.num:
+        found.append("No Fréchet distance: images of this kind of pipeline cannot be drawn here.")
     found.append("MACs and time are those of one network call for one sample, a guidance pair included.")
     return found
 
@@ -77,6 +79,7 @@ def card(outcome: Outcome) -> str:
     config, info = outcome.config, TEACHERS.get(outcome.config.model)
     rows = [header(outcome), ["---"] * len(header(outcome)), *lines(outcome)]
     removed = [f"- `{one['name']}` ({one['kind']})" for one in outcome.plan["removed"]]
+    count = f"{len(removed)} layer{'' if len(removed) == 1 else 's'}"
     licence = (
         f"The licence is that of {config.model}: {info.licence}." if info else "The licence is that of the whole model."
     )
@@ -93,7 +96,7 @@ def card(outcome: Outcome) -> str:
             "---",
             f"# {Path(config.model).name}, pruned",
             "",
-            f"{config.model} without {len(removed)} layers, chosen by the scores of {config.method} to save {config.ratio:.0%} of "
+            f"{config.model} without {count}, chosen by the scores of {config.method} to save {config.ratio:.0%} of "
             f"the {config.cost}. {recovered} {licence}",
             "",
             *("| " + " | ".join(row) + " |" for row in rows),
