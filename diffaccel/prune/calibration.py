@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from diffusers import DiTTransformer2DModel
 
 from ..core.errors import UsageError
+from ..models.pixel import num_classes
 from ..search.subjects import DenoiserSubject, PipelineSubject, Subject, fine_plan
 
 Calls = Sequence[tuple[tuple, Mapping]]  # arguments of network calls
@@ -90,7 +92,7 @@ def calibrate(
     Args:
         pipe: the pipeline.
         conditions: what differs from sample to sample, such as [{"prompt": "a cat"}, …]; None for all classes in turn of a
-            pixel model, and for nothing in particular.
+            pixel model or a DiT, and for nothing in particular.
         settings: arguments that do not differ, such as {"guidance_scale": 5.0}.
         batch_size: samples per call.
         **more: see `Calibration`.
@@ -99,7 +101,8 @@ def calibrate(
         UsageError: arguments that are not the pipeline's, a pipeline that needs prompts and got none; see `Calibration`.
     """
     if conditions is None:
-        classes = getattr(pipe, "num_classes", None)
+        dit = getattr(pipe, "transformer", None)
+        classes = num_classes(dit) if isinstance(dit, DiTTransformer2DModel) else getattr(pipe, "num_classes", None)
         conditions = [{"class_labels": label} for label in range(classes)] if classes else [{}]
     subject = PipelineSubject(pipe, conditions, settings, batch_size)
     subject.check_conditions()

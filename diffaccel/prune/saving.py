@@ -8,13 +8,13 @@ from ..models.quiet import quiet_transformers
 
 
 def save_pipeline(pipe, folder: Path) -> None:
-    """Write a pipeline, and what only the folder that it was opened from has: prompts, older forms of its tokenizer."""
+    """Write a pipeline, and what only the folder that it was opened from has: prompts, older forms of its tokenizers."""
     with quiet_transformers() if hasattr(pipe, "tokenizer") else nullcontext():
         pipe.save_pretrained(folder)
     source = Path(getattr(pipe, "name_or_path", None) or "")
     if not (source / "model_index.json").is_file():
         return
-    beside = [source / "prompts.txt", *(source / "tokenizer").glob("*.*")]
+    beside = [source / "prompts.txt", *source.glob("tokenizer*/*.*")]
     for file in beside:
         target = folder / file.relative_to(source)
         if file.is_file() and not target.exists() and target.parent.is_dir():

@@ -8,6 +8,8 @@ import signal
 import diffusers
 import pytest
 import torch
+from branches import own
+from pipelines import PIPELINES
 from test_cli_interrupted import stop_after
 
 import diffaccel
@@ -195,6 +197,7 @@ def test_resume_with_other_settings_lists_them(cli, whole, change, words):
         (2, "method.pol", ("--model", "digits", "--recover", 5, "--set", "method.pol=3")),
         (3, "No data set or image folder", ("--model", "digits", "--recover", 5, "--data", "nowhere")),
         (3, "nowhere", ("--model", "digits", "--reference", "nowhere")),
+        (3, "digits64 reads 1×8×8 images", ("--model", "mnist", "--reference", "digits")),
         (2, "--resume needs the run's folder", ("--resume",)),
         (2, "holds no run to resume", ("--resume", "-o", "empty")),
         (2, "torch can use here", ("--model", "digits", "--device", "gpu")),
@@ -239,6 +242,18 @@ def test_a_pruned_model_is_pruned_further_and_drawn_from(run, whole, tmp_path):
     run("sample", tmp_path / "again" / "final", "-n", 4, "--steps", 2, "--grid", tmp_path / "grid.png")
     assert (tmp_path / "grid.png").is_file()
     run("evaluate", "fid", tmp_path / "again" / "final", "digits", "--num", 60, "--steps", 2)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+def test_a_latent_model_of_classes(run, refuse, tmp_path):
+    """Scored on all classes in turn; no distance, since its images cannot be drawn here, and that is said."""
+    own(PIPELINES["dit"]).save_pretrained(tmp_path / "dit")
+    arguments = [*brief(tmp_path / "run", "--model", tmp_path / "dit", "--ratio", 0.1), "--num", 4]
+    refuse(3, "This is a DiTPipeline", *arguments, "--reference", "digits")
+    done = run(*arguments)
+    assert "No Fréchet distance" in done.out and "1 layer, chosen" in (tmp_path / "run/final/README.md").read_text()
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
+    assert type(opened.transformer) is diffaccel.PrunedDiTTransformer2DModel
 
 
 @pytest.mark.slow
