@@ -42,7 +42,7 @@ class Recovery(Method):
         seed: of the samples.
         show: draws the pictures of a run with a network: (N, C, H, W) in [−1, 1]; None for none.
         save: writes a network's pipeline into an empty folder.
-        batch_size: samples that the teacher draws at once.
+        batch_size: samples that the teacher draws, and is compared on, at once.
 
     Raises:
         UsageError: models with features of different number.
@@ -100,7 +100,7 @@ class Recovery(Method):
         save: Callable[[nn.Module, Path], None],
         batch_size: int = 64,
     ):
-        self.config, self._show, self._save = config, show, save
+        self.config, self._show, self._save, self.batch_size = config, show, save, batch_size
         self.teacher = teacher.eval().requires_grad_(False)
         self.roles = {"student": student.requires_grad_(True)}
         modules = student.feature_modules()
@@ -160,13 +160,16 @@ class Recovery(Method):
     @torch.no_grad()
     def validate(self, model: NetworkDenoiser) -> dict[str, float]:
         """Mean squared difference of both predictions at states that are always the same."""
-        device = next(model.parameters()).device
-        draw = Draw(KeyedRandom(0), "validation", 0, 0, _CHECKED, _CHECKED, device)
-        x0, condition = self.data.batch(draw)
-        t = self.teacher.schedule.time(draw.stratified("time"))
-        x_t = self.teacher.noised(x0, t, draw.normal("eps", self.teacher.sample_shape))
-        pairs = [(one.predict(x_t, t, condition).float()) for one in (model, self.teacher)]
-        return {"output": float((pairs[0] - pairs[1]).square().mean())}
+        device, total = next(model.parameters()).device, 0.0
+        for start in range(0, _CHECKED, self.batch_size):
+            count = min(self.batch_size, _CHECKED - start)
+            draw = Draw(KeyedRandom(0), "validation", 0, start, count, _CHECKED, device)
+            x0, condition = self.data.batch(draw)
+            t = self.teacher.schedule.time(draw.stratified("time"))
+            x_t = self.teacher.noised(x0, t, draw.normal("eps", self.teacher.sample_shape))
+            ours, theirs = (one.predict(x_t, t, condition).float() for one in (model, self.teacher))
+            total += float((ours - theirs).square().mean()) * count
+        return {"output": total / _CHECKED}
 
     def samples(self, model: NetworkDenoiser, random: KeyedRandom) -> torch.Tensor | None:
         return self._show(model.net)

@@ -70,6 +70,13 @@ def test_the_whole_model_has_nothing_to_learn(features, name):
     assert recovery.validate(recovery.roles["student"]) == {"output": 0.0}
 
 
+def test_validation_does_not_depend_on_batches():
+    recovery = pair()
+    want = recovery.validate(recovery.roles["student"])["output"]
+    recovery.batch_size = 7
+    assert want > 0.0 and recovery.validate(recovery.roles["student"])["output"] == pytest.approx(want, rel=1e-5)
+
+
 def test_losses_by_definition():
     """Against calls of both models by hand, on the very states."""
     recovery = pair(features="plain", denoising_weight=0.5, output_weight=2.0, feature_weight=0.1, null_probability=0.0)
