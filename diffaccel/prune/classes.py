@@ -43,10 +43,14 @@ def prune(model, layers: Layers, maps: Maps | None = None):
         The model itself; ``config.pruned_layers`` of its network lists everything that was removed from it.
 
     Raises:
-        UsageError: see `surgery.remove`; no one network, or one of a class that is not diffusers' own.
+        UsageError: see `surgery.remove`; no one network, one of a class that is not diffusers' own, or one with adapters.
     """
     network = model if isinstance(model, nn.Module) else network_of(model)
     cls = pruned_class(type(network))
+    if getattr(network, "_hf_peft_config_loaded", False):  # its weights have other names then, under which nothing opens
+        raise UsageError(
+            "This network has adapters: fuse LoRA (pipe.fuse_lora(); pipe.unload_lora_weights()) or unload it, then prune."
+        )
     records = remove(network, layers, maps)
     network.__class__ = cls
     before = network.config.get("pruned_layers", ())

@@ -245,6 +245,14 @@ def test_class_names():
         prune(torch.nn.Linear(1, 1), [])
 
 
+def test_adapters_go_first():
+    network = tiny_unet()
+    network._hf_peft_config_loaded = True  # as diffusers notes it
+    with pytest.raises(UsageError, match="fuse LoRA"):
+        prune(network, ["mid_block.resnets.0"])
+    assert type(network) is diffusers.UNet2DModel
+
+
 def test_a_damaged_list_of_layers():
     config = dict(tiny_unet().config)
     with pytest.raises(DataError, match="pruned_layers of this PrunedUNet2DModel: Unknown removable layer"):
