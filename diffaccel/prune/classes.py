@@ -47,8 +47,8 @@ def prune(model, layers: Layers, maps: Maps | None = None):
     """
     network = model if isinstance(model, nn.Module) else network_of(model)
     cls = pruned_class(type(network))
-    if getattr(network, "_hf_peft_config_loaded", False):  # its weights have other names then, under which nothing opens
-        raise UsageError(
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise UsageError(  # its weights have other names then, under which nothing opens
             "This network has adapters: fuse LoRA (pipe.fuse_lora(); pipe.unload_lora_weights()) or unload it, then prune."
         )
     records = remove(network, layers, maps)
