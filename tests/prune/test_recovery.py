@@ -183,7 +183,7 @@ def test_training_brings_the_predictions_back(features):
 def test_text_models():
     """Stable Diffusion's layout: what the pipeline's own call makes of prompts, and a network in another's place."""
     case = PIPELINES["sd"]
-    pipe = copy.copy(case.build())
+    pipe = copy.deepcopy(case.build())  # a recovery freezes its teacher
     denoiser, conditions = recoverable(pipe, ["a cat", "a dog", "a house"])
     seen = []
     handle = pipe.unet.register_forward_pre_hook(lambda net, args, kwargs: seen.append(kwargs), with_kwargs=True)
