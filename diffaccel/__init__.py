@@ -43,6 +43,7 @@ _PUBLIC = {
     "guide": "diffaccel.guidance.attach",
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
+    "optimize_attention": "diffaccel.attention.optimize",
     "recommended_guidance": "diffaccel.guidance.settings",
     "remove_plan": "diffaccel.search.layers",
     "search_schedule": "diffaccel.solver_search",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import GuidanceError, UsageError
+from ..core.standins import stand_in
 from .batches import SAMPLE, half, rows_of
-from .standins import stand_in
 
 # Arguments of networks that belong to the evaluation, not to the condition.
 _OF_THE_EVALUATION = (*SAMPLE, "timestep", "t", "return_dict")

@@ -14,6 +14,8 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 
 from ..core.errors import GuidanceError, UsageError
+from ..core.standins import stand_in
+from ..models.networks import NETWORKS
 from . import functional
 from .attach import Guidance
 from .base import COND, UNCOND, Rule
@@ -22,8 +24,6 @@ from .conditions import capture
 from .context import Context
 from .levels import level_of, target_of
 from .rules import CFG
-from .run import NETWORKS
-from .standins import stand_in
 
 _PREFIX = "pred_"  # of the names of branches in diffusers
 

@@ -1,0 +1,84 @@
+"""Honest times: all contenders in turn within one run, after warming up, medians of what each took."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+WARM_UP = 3
+_FLUSH = 256 * 2**20  # bytes; more than the last cache of any GPU
+_SHORT = 5e-4  # seconds; shorter calls are timed several at a time on the CPU
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 20, seconds: float = 2.0
+) -> dict[str, float]:
+    """Median seconds of each contender, which take turns: what slows the machine down for a while slows all of them.
+
+    On CUDA by events around single calls, with the cache emptied before each; elsewhere by the clock.
+
+    Args:
+        contenders: functions by name.
+        device: where they run.
+        rounds: how often each is timed, at most and at least 3 times.
+        seconds: after which no round begins.
+    """
+    clock = _cuda_clock(device) if device.type == "cuda" else _clock(_repeats(contenders))
+    for run in contenders.values():
+        for _ in range(WARM_UP):
+            run()
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    names = list(contenders)
+    for index in range(rounds):
+        if index >= 3 and time.perf_counter() - start > seconds:
+            break
+        for name in names if index % 2 else names[::-1]:  # each follows its neighbour on both sides equally often
+            taken[name].append(clock(contenders[name]))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call allocates at its peak, beyond what was allocated; None where that is not measured."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _repeats(contenders: Mapping[str, Callable]) -> int:
+    """How many calls make the fastest contender long enough for the clock."""
+    for run in contenders.values():
+        run()
+    clock = _clock(1)
+    return max(1, min(50, int(_SHORT / max(min(clock(run) for run in contenders.values()), 1e-7))))
+
+
+def _clock(repeats: int) -> Callable[[Callable], float]:
+    def seconds(run: Callable) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    return seconds
+
+
+def _cuda_clock(device: torch.device) -> Callable[[Callable], float]:
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+
+    def seconds(run: Callable) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # and keeps the device busy while the call is being launched
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1000
+
+    return seconds
