@@ -44,6 +44,7 @@ _PUBLIC = {
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
     "optimize_attention": "diffaccel.attention.optimize",
+    "reuse_text": "diffaccel.attention.text",
     "recommended_guidance": "diffaccel.guidance.settings",
     "remove_plan": "diffaccel.search.layers",
     "search_schedule": "diffaccel.solver_search",
