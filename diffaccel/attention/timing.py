@@ -8,6 +8,7 @@ import torch
 
 WARM_UP = 3
 _FLUSH = 256 * 2**20  # bytes; more than the last cache of any GPU
+_LONG = 1.0  # seconds of warming up that are enough
 _SHORT = 5e-4  # seconds; shorter calls are timed several at a time on the CPU
 
 
@@ -24,10 +25,9 @@ def alternate(
         rounds: how often each is timed, at most and at least 3 times.
         seconds: after which no round begins.
     """
-    clock = _cuda_clock(device) if device.type == "cuda" else _clock(_repeats(contenders))
-    for run in contenders.values():
-        for _ in range(WARM_UP):
-            run()
+    warm = {name: _warmed_up(run, device) for name, run in contenders.items()}
+    repeats = max(1, min(50, int(_SHORT / min(warm.values()))))
+    clock = _cuda_clock(device) if device.type == "cuda" else _clock(repeats)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     names = list(contenders)
@@ -51,12 +51,18 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _repeats(contenders: Mapping[str, Callable]) -> int:
-    """How many calls make the fastest contender long enough for the clock."""
-    for run in contenders.values():
+def _warmed_up(run: Callable, device: torch.device) -> float:
+    """Run until caches, allocators and clock rates are settled, long calls less often; seconds of the last run."""
+    begin = time.perf_counter()
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
         run()
-    clock = _clock(1)
-    return max(1, min(50, int(_SHORT / max(min(clock(run) for run in contenders.values()), 1e-7))))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if now - begin > _LONG:
+            break
+    return max(now - start, 1e-7)
 
 
 def _clock(repeats: int) -> Callable[[Callable], float]:
