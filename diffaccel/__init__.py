@@ -5,6 +5,7 @@ package is also what lets `diffusers.DiffusionPipeline.from_pretrained` open fol
 """
 
 import importlib
+import logging
 
 from ._registration import install as _install
 
@@ -70,3 +71,6 @@ def __dir__():
 
 
 _install()
+if logging.getLogger("xformers").level == logging.NOTSET:
+    # Without CUDA its import warns in five lines, whoever imports a model; `AttentionReport.explain` says what it lacks.
+    logging.getLogger("xformers").setLevel(logging.ERROR)

@@ -1,10 +1,8 @@
 """The backends by name: what they need, what they refuse, and whether they are exact."""
 
 import importlib.util
-import logging
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +58,7 @@ def candidates(names, approximate: bool, device: torch.device) -> tuple[list[Bac
     """The backends to try on a device, "default" first, and those not tried with the reason.
 
     Args:
-        names: names or `Backend` records; None for every one that is usable.
+        names: names or `Backend` records, beside the default; None for every one that is usable.
         approximate: whether approximate ones are allowed.
 
     Raises:
@@ -104,25 +102,12 @@ def _package(name: str, install: str) -> Callable[[torch.device], str | None]:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed: {install}."
         try:
-            with _quiet(name):
-                importlib.import_module(name)
+            importlib.import_module(name)
         except Exception as error:  # built for another PyTorch, a missing library: whatever its import raises
             return f"{name} cannot be imported: {type(error).__name__}: {error}"
         return None
 
     return unusable
-
-
-@contextmanager
-def _quiet(name: str):
-    """xformers warns at import where its extension does not load; the reason is in the table instead."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _cudnn(device: torch.device) -> str | None:

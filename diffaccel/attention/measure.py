@@ -58,5 +58,6 @@ def measure(use: Use, backends: list[Backend], rounds: int = 20, seconds: float 
 
 
 def _call(backend: Backend, use: Use, inputs) -> torch.Tensor:
+    """What a processor does: attend, then bring the heads of a token together, which copies or not as the kernel left them."""
     with torch.no_grad():
-        return backend.kernel(*inputs, use.signature.causal, use.signature.scale)
+        return backend.kernel(*inputs, use.signature.causal, use.signature.scale).transpose(1, 2).flatten(2)

@@ -1,13 +1,17 @@
 """Every backend that is usable here, on the shapes of real networks; what is not usable says why."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from planted import FAMILIES, collected, planted
 
+import diffaccel
 from diffaccel.attention.backends import BACKENDS, candidates
 from diffaccel.attention.gate import Gate, reference
 from diffaccel.attention.inputs import make_inputs
-from diffaccel.attention.kernels import aligned_bias, chunked, default, flex, padded, plain
+from diffaccel.attention.kernels import aligned_bias, chunked, cudnn, default, efficient, flash, flex, padded, plain
 from diffaccel.core.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -93,6 +97,38 @@ def test_what_cannot_run_says_why():
 def test_bad_requests(names, text):
     with pytest.raises(UsageError, match=text):
         candidates(names, False, CPU)
+
+
+@pytest.mark.parametrize("kernel", [flash, efficient, cudnn])
+@pytest.mark.parametrize("width", [16, 40, 5])
+def test_kernels_for_cuda_are_called_as_pytorch_declares_them(kernel, width):
+    """On tensors without numbers, which take the way of CUDA tensors."""
+    query = torch.empty(2, 6, 4, width, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    key = torch.empty(2, 3, 4, width, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    masks = [None, torch.empty(2, 1, 1, 3, device="meta", dtype=torch.bool)]
+    for mask in masks[:1] if kernel is flash else masks:
+        out = kernel(query, key, key, mask, False, None)
+        assert out.shape == (2, 4, 6, width) and out.dtype == torch.bfloat16
+
+
+XFORMERS = """
+import logging
+logging.getLogger("xformers").warning("WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions.")
+"""
+
+
+def test_xformers_without_cuda_is_silent(python, tmp_path):
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").write_text(XFORMERS)
+    (tmp_path / "xformers" / "ops.py").write_text("")
+    (tmp_path / "xformers-0.0.35.dist-info").mkdir()
+    (tmp_path / "xformers-0.0.35.dist-info" / "METADATA").write_text("Name: xformers\nVersion: 0.0.35\n")
+    root = str(Path(diffaccel.__file__).parents[1])
+    path = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    script = "import sys, diffaccel; import diffusers.models.attention_processor; assert 'xformers' in sys.modules"
+    done = python("-c", script, env=path)
+    assert done.code == 0, done.err
+    assert "XFORMERS" not in done.err + done.out
 
 
 @pytest.mark.slow

@@ -85,6 +85,15 @@ def test_masked_rows_are_in_the_first_sample_only(dtype):
     assert (rows[0] <= 0).all() and torch.equal(rows[1], mask[1]) and bool(mask.all())
 
 
+def test_refusing_a_single_key_is_no_fault(gates):
+    def several_keys_only(query, key, *rest):
+        if key.shape[2] == 1:
+            raise ValueError("needs 16 keys")
+        return plain(query, key, *rest)
+
+    assert [gate.verdict(planted(kernel=several_keys_only)) for gate in gates["sd"]] == [None, None]
+
+
 def test_approximate_backends_are_judged_by_their_direction(gates):
     def coarse(*args):
         out = plain(*args)

@@ -309,7 +309,7 @@ def test_threads_keep_to_their_networks(monkeypatch):
     assert [*seen.values()] == [{thread.ident} for thread in started]
 
 
-@pytest.mark.parametrize("family", ["sd", "flux", "sd3"])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "flux", "sd3"])
 def test_compiled_networks_are_one_graph(family, monkeypatch):
     clocks(monkeypatch, planted=0.5, chosen=0.5)
     pipe, network, run = built(family)
