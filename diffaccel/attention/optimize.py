@@ -118,8 +118,11 @@ def _cost(choice: Choice) -> float:
 
 
 def _device(network: nn.Module) -> torch.device:
-    device = next(eager(network).parameters()).device
-    if device.type == "meta":  # offloaded: the weights come to the accelerator when called
+    """Where a network computes, which for an offloaded one is not where its weights are."""
+    network = eager(network)
+    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    device = next(network.parameters(), torch.empty(0)).device if device is None else torch.device(device)
+    if device.type == "meta":  # offloaded layer by layer
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device
 

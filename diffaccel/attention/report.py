@@ -1,7 +1,7 @@
 """What `optimize_attention` did: to read, to print and to undo."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from .collect import Use
 from .install import Confirmation
@@ -76,8 +76,43 @@ class AttentionReport:
             lines += ["not tried:", *(f"  {name}: {reason}" for name, reason in self.not_tried)]
         return "\n".join(lines)
 
+    def to_dict(self) -> dict:
+        """The same as plain data, for JSON."""
+        return {
+            "networks": [_plain(network) for network in self.networks],
+            "not_tried": [{"backend": name, "reason": reason} for name, reason in self.not_tried],
+        }
+
     def __str__(self) -> str:
         return self.explain()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
+
+
+def _plain(network: NetworkReport) -> dict:
+    choices = [
+        {
+            "signature": choice.use.signature.text,
+            "kinds": sorted(choice.use.kinds),
+            "calls": len(choice.use.modules),
+            "backend": choice.backend,
+            "reason": choice.reason,
+            "measured": [asdict(one) for one in choice.measured],
+            "cached": choice.cached,
+        }
+        for choice in network.choices
+    ]
+    return {
+        "name": network.name,
+        "installed": network.installed,
+        "choices": choices,
+        "left_alone": [{"module": name, "reason": reason} for name, reason in network.left_alone],
+        "confirmation": None if network.confirmation is None else asdict(network.confirmation),
+    }
 
 
 def _network(network: NetworkReport) -> list[str]:

@@ -18,7 +18,7 @@ from ..core.standins import stand_in
 
 # Parts of names of processors that others install, with trained weights or a guidance of their own.
 _FOREIGN = ("IPAdapter", "PAG", "LoRA", "CustomDiffusion")
-_CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
+_CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 
 
 def attention_modules(network: nn.Module) -> dict[str, nn.Module]:
@@ -48,7 +48,7 @@ def why_left_alone(module: nn.Module) -> str | None:
     if getattr(processor, "_parallel_config", None) is not None:
         return "it runs context-parallel"
     code = getattr(cls.__call__, "__code__", None)
-    if code is None or not set(_CALLS) & set(code.co_names):
+    if code is None or not _CALLS & _names(code):
         return f"{cls.__name__} computes attention itself"
     return None
 
@@ -66,9 +66,7 @@ def routed(processor, attention: Callable):
     cls = type(processor)
     call = cls.__call__
     scope = {name: value for name, value in call.__globals__.items() if name != "__name__"}  # else Dynamo looks there
-    functional = types.SimpleNamespace(
-        **{name: getattr(F, name) for name in call.__code__.co_names if hasattr(F, name)}
-    )
+    functional = types.SimpleNamespace(**{name: getattr(F, name) for name in _names(call.__code__) if hasattr(F, name)})
     functional.scaled_dot_product_attention = attention
     scope["F"] = functional
     if "dispatch_attention_fn" in scope:
@@ -137,6 +135,12 @@ def _dispatch(attention: Callable, stock: Callable) -> Callable:
         return out.transpose(1, 2)
 
     return dispatch_attention_fn
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that a function uses, those in its comprehensions and inner functions too."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _value(backend) -> str:

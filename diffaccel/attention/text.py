@@ -36,20 +36,19 @@ class Reuse:
 
         Entries hold the text and refer to the weights, so nothing else can come to lie where they do.
         """
-        weights = list(module.parameters())
-        if not _comparable(module, text, weights):
+        weights = _weights(module)
+        if weights is None or type(text) is not torch.Tensor or text.is_inference():
             return compute()
-        key = (_place(text), tuple(_place(weight) for weight in weights), _precision(text))
-        for entry in self._entries:
-            if entry[0] == key and all(ref() is weight for ref, weight in zip(entry[1], weights, strict=True)):
-                result, version = entry[3]
-                if result._version == version:  # nobody wrote into it
-                    self.hits += 1
-                    return result
+        key = (_place(text), [(weight.data_ptr(), weight._version) for weight in weights], _precision(text))
+        for known, refs, _, result, version in self._entries:
+            same = known == key and all(ref() is weight for ref, weight in zip(refs, weights, strict=True))
+            if same and result._version == version:  # nobody wrote into it
+                self.hits += 1
+                return result
         result = compute()
         if isinstance(result, torch.Tensor) and not result.is_inference():
             self.misses += 1
-            entry = key, [weakref.ref(weight) for weight in weights], text, (result, result._version)
+            entry = (key, [weakref.ref(weight) for weight in weights], text, result, result._version)
             with self._lock:
                 self._entries = (entry, *(old for old in self._entries if old[0] != key))[:_KEPT]
         return result
@@ -61,7 +60,7 @@ class Reuse:
     @property
     def bytes(self) -> int:
         """Of the results that are kept."""
-        return sum(result.numel() * result.element_size() for *_, (result, _) in self._entries)
+        return sum(result.numel() * result.element_size() for *_, result, _ in self._entries)
 
 
 class TextReuse:
@@ -125,8 +124,9 @@ def reuse_text(pipe_or_network) -> TextReuse:
     For networks with cross-attention: U-Nets, PixArt, Wan and the like. Not where text and image attend together (SD3, Flux),
     whose text changes from layer to layer. Results are bit-equal. Whatever could make a difference computes afresh: another
     text or one changed in place, other weights, gradients, another autocast, hooks on the projections, weights that are
-    offloaded layer by layer, tensors of inference mode, compiled graphs. What writes into a text past PyTorch's count of
-    changes (``.data``, NumPy views) is not seen.
+    offloaded layer by layer, adapters, tensors of inference mode, compiled graphs. What writes into a text or weights past
+    PyTorch's count of changes is not seen (``.data``, NumPy views, a LoRA that is fused between two runs with the same
+    embeddings): call ``clear()`` then.
 
     Raises:
         UsageError: neither pipeline nor network, one without text projections that can be reused, or one that has this already.
@@ -164,15 +164,20 @@ def _calling(parent: Callable, reuse: Reuse) -> Callable:
     return __call__
 
 
-def _comparable(module: nn.Module, text, weights: list) -> bool:
-    if not isinstance(text, torch.Tensor) or text.is_inference() or any(weight.is_inference() for weight in weights):
-        return False  # no count of changes
-    if any(part.training and isinstance(part, nn.Dropout) and part.p for part in module.modules()):
-        return False
-    hooked = any(
-        part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules()
-    )
-    return not hooked and not any(weight.is_meta for weight in weights)
+def _weights(module: nn.Module) -> list[torch.Tensor] | None:
+    """What results depend on beside the text; None where that is more than weights on their device."""
+    parts = tuple(module.modules()) if module._modules else (module,)
+    for part in parts:
+        if part._forward_hooks or part._forward_pre_hooks or "_hf_hook" in part.__dict__:
+            return None
+        if not type(part).__module__.startswith(("torch.nn.", "diffusers.")):  # an adapter's, with scales and switches
+            return None
+        if part.training and isinstance(part, nn.Dropout) and part.p:
+            return None
+    weights = [weight for part in parts for weight in part._parameters.values() if weight is not None]
+    if any(type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference() for weight in weights):
+        return None  # quantised, offloaded, or without a count of changes
+    return weights
 
 
 def _place(tensor: torch.Tensor) -> tuple:
@@ -182,6 +187,6 @@ def _place(tensor: torch.Tensor) -> tuple:
     )  # fmt: skip
 
 
-def _precision(text: torch.Tensor) -> tuple:
+def _precision(text: torch.Tensor) -> torch.dtype | None:
     kind = text.device.type
-    return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,7 +1,10 @@
 """`optimize_attention` on pipelines: what is chosen, what is installed, what is left and what comes back."""
 
 import copy
+import json
 import threading
+import time
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,6 +13,7 @@ from pipelines import PIPELINES, check_close
 from planted import FAMILIES, built, clocks, nothing_global_changes, planted, wrong
 
 import diffaccel
+from diffaccel.attention.backends import BACKENDS
 from diffaccel.attention.collect import capture_calls
 from diffaccel.attention.kernels import plain
 from diffaccel.attention.route import attention_modules, is_routed
@@ -101,6 +105,55 @@ def test_measured_for_real(monkeypatch):
         timed = {one.backend for one in choice.measured if one.seconds}
         assert timed == {"default", "flash", "math"}
     assert "not tried:" in str(report)
+
+
+def test_every_shape_that_a_run_has_is_measured(monkeypatch):
+    clocks(monkeypatch, planted=0.5, chosen=0.5)
+    pipe, network, run = built("sd")
+    stock = processors(network)
+    with optimise(pipe, lambda: (run(), run(height=16, width=16)), backends=[planted()]) as report:
+        queries = {choice.use.signature.queries for choice in report.networks[0].choices}
+        assert queries == {64, 256}
+        data = json.loads(json.dumps(report.to_dict()))
+    assert processors(network) == stock
+    assert len(data["networks"][0]["choices"]) == 4 and data["networks"][0]["confirmation"]["problem"] is None
+    assert data["networks"][0]["choices"][0]["measured"][1]["backend"] == "planted"
+
+
+def test_the_clock_decides(monkeypatch):
+    """With real times: a default that is slow is replaced by the faster of two."""
+
+    def slowed(by):
+        return lambda *args: (time.sleep(by), plain(*args))[1]
+
+    monkeypatch.setitem(BACKENDS, "default", replace(BACKENDS["default"], kernel=slowed(0.02)))
+    pipe, _, run = built("flux")
+    offered = [planted("slower", slowed(0.01)), planted("faster")]
+    report = optimise(pipe, run, backends=offered, confirm=False)
+    assert {choice.backend for choice in report.networks[0].choices} == {"faster"}
+
+
+def test_guided_pipelines(monkeypatch):
+    clocks(monkeypatch, planted=0.5, chosen=0.5)
+    pipe, network, run = built("sd")
+    stock = processors(network)
+    with diffaccel.guide(pipe, diffaccel.CFG(scale=3.0)):
+        before = run(guidance_scale=2.0)
+        with optimise(pipe, lambda: run(guidance_scale=2.0), backends=[planted()]) as report:
+            assert report.networks[0].installed
+            check_close(run(guidance_scale=2.0), before, 1e-4)
+        assert torch.equal(run(guidance_scale=2.0), before)
+    assert processors(network) == stock
+
+
+def test_saved_pipelines_are_stock(monkeypatch, tmp_path):
+    clocks(monkeypatch, planted=0.5, chosen=0.5)
+    pipe, network, run = built("sd")
+    optimise(pipe, run, backends=[planted()])
+    network.save_pretrained(tmp_path)
+    opened = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
+    assert not any(map(is_routed, attention_modules(opened).values()))
+    assert opened.state_dict().keys() == network.state_dict().keys()
 
 
 def test_other_sizes_and_gradients_run_as_before(monkeypatch):

@@ -131,6 +131,23 @@ def test_gradients_hooks_inference_mode_and_autocast(network):
         assert len(seen) == 2
 
 
+def test_adapters_compute_afresh():
+    class Adapter(nn.Linear):
+        factor = 1.0
+
+        def forward(self, text):
+            return self.factor * super().forward(text)
+
+    pipe, network, run = built("pixart")
+    network.caption_projection.linear_2 = Adapter(16, 16)
+    with diffaccel.reuse_text(pipe) as reuse:
+        run()
+        Adapter.factor = 2.0
+        changed = run()
+        assert reuse.hits == 0 < reuse.misses
+    assert torch.equal(run(), changed)
+
+
 def test_clear_and_undo(network):
     text = torch.randn(1, 5, 16)
     reuse = diffaccel.reuse_text(network)
