@@ -64,9 +64,7 @@ def candidates(names, approximate: bool, device: torch.device) -> tuple[list[Bac
     Raises:
         UsageError: an unknown name, or one named that is not usable.
     """
-    if isinstance(names, (str, Backend)):
-        raise UsageError(f"backends is a list, such as ['flash', 'math']; got {names!r:.60}.")
-    asked = None if names is None else [_resolved(item) for item in names]
+    asked = None if names is None else _asked(names)
     chosen, left = [], []
     for backend in BACKENDS.values() if asked is None else asked:
         reason = backend.unusable(device)
@@ -80,15 +78,22 @@ def candidates(names, approximate: bool, device: torch.device) -> tuple[list[Bac
             left.append((backend.name, reason))
         elif backend.name != "default":
             chosen.append(backend)
-    return [BACKENDS["default"], *dict.fromkeys(chosen)], left
+    return [BACKENDS["default"], *chosen], left
 
 
-def _resolved(item) -> Backend:
-    if isinstance(item, Backend):
-        return item
-    if item not in BACKENDS:
-        raise unknown("attention backend", item, BACKENDS)
-    return BACKENDS[item]
+def _asked(names) -> list[Backend]:
+    if not isinstance(names, (list, tuple)) or not names:
+        raise UsageError(f"backends is a list, such as ['flash', 'math']; got {names!r:.60}.")
+    asked = []
+    for item in names:
+        if not isinstance(item, Backend) and item not in [*BACKENDS]:
+            raise unknown("attention backend", item, BACKENDS)
+        asked.append(item if isinstance(item, Backend) else BACKENDS[item])
+    for name in {backend.name for backend in asked}:
+        records = {backend for backend in asked if backend.name == name}
+        if len(records) > 1 or (name == "default" and records != {BACKENDS[name]}):
+            raise UsageError(f"Two attention backends are called {name!r}; give yours another name.")
+    return [*dict.fromkeys(asked)]
 
 
 def _cuda_only(device: torch.device) -> str | None:

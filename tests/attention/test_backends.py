@@ -91,6 +91,11 @@ def test_what_cannot_run_says_why():
         (["xformers"], "'xformers' cannot be used here: It needs a CUDA device; this is cpu."),
         (["cudnn", "flash"], "'cudnn' cannot be used here"),
         ("flash", "backends is a list"),
+        ([], "backends is a list"),
+        (3, "backends is a list, such as .* got 3"),
+        ([["flash"]], "Unknown attention backend"),
+        (["flash", planted("flash")], "Two attention backends are called 'flash'"),
+        ([planted("default")], "Two attention backends are called 'default'"),
         ([planted(kind="approximate")], "'planted' cannot be used here: It is approximate"),
     ],
 )
