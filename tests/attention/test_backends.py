@@ -137,6 +137,7 @@ def test_xformers_without_cuda_is_silent(python, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, about parts of itself
 def test_compiled_flex_agrees():
     query, mask = torch.randn(1, 2, 128, 16), torch.randn(1, 1, 1, 128)
     with torch.no_grad():
