@@ -123,11 +123,12 @@ def _cudnn(device: torch.device) -> str | None:
     return None
 
 
-def _flex(device: torch.device) -> str | None:
+def compiler_missing(device: torch.device) -> str | None:
+    """Why torch.compile cannot work for a device, or None."""
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Compiled FlexAttention needs triton on CUDA."
+        return None if importlib.util.find_spec("triton") else "Compiling for CUDA needs triton."
     if device.type != "cpu":
-        return f"Compiled FlexAttention does not exist for {device.type}."
+        return f"Compiling for {device.type} is not supported here."
     return None if shutil.which("g++") or shutil.which("clang++") else "Compiling for the CPU needs a C++ compiler."
 
 
@@ -188,7 +189,7 @@ _ALL = (
     Backend("math", "matrix products and softmax, all scores stored", kernels.plain, scratch=_scores),
     Backend("chunked", "queries in blocks, each by PyTorch's choice: bounds memory", kernels.chunked,
             refuses=_chunk_refuses),
-    Backend("flex", "compiled FlexAttention", kernels.flex, unusable=_flex, on_request=lambda device: device.type == "cpu"),
+    Backend("flex", "compiled FlexAttention", kernels.flex, unusable=compiler_missing, on_request=lambda device: device.type == "cpu"),
     Backend("xformers", "xformers' memory_efficient_attention", kernels.xformers,
             unusable=_package("xformers", "pip install 'diffaccel[xformers]'"), refuses=_square_causal),
     Backend("flash_attn", "the flash-attn package", kernels.flash_attn,

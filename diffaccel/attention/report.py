@@ -48,6 +48,17 @@ class NetworkReport:
     installed: bool
     installation: Installation | None = field(repr=False, default=None)
 
+    @property
+    def outcome(self) -> str:
+        """What became of the choice, as a clause."""
+        if not self.choices:
+            return "nothing to choose"
+        if self.confirmation is None:
+            return "installed, not confirmed end to end" if self.installed else "PyTorch's choice is kept throughout"
+        if self.confirmation.problem is not None:
+            return f"not installed: {self.confirmation.problem}{_times(self.confirmation)}"
+        return f"installed{_times(self.confirmation)}"
+
 
 @dataclass
 class AttentionReport:
@@ -116,7 +127,7 @@ def _plain(network: NetworkReport) -> dict:
 
 
 def _network(network: NetworkReport) -> list[str]:
-    lines = [f"{network.name}: {_outcome(network)}"]
+    lines = [f"{network.name}: {network.outcome}"]
     for choice in network.choices:
         use = choice.use
         kinds = "/".join(sorted(use.kinds))
@@ -137,17 +148,6 @@ def _rows(choice: Choice) -> list[str]:
         mark = "*" if one.backend == choice.backend else " "
         rows.append(f"   {mark} {one.backend:<14}{1000 * one.seconds:>10.3f} ms{one.bytes / 2**20:>10.1f} MiB")
     return rows + [f"     {one.backend:<14} out: {one.excluded}" for one in choice.measured if one.excluded is not None]
-
-
-def _outcome(network: NetworkReport) -> str:
-    confirmation = network.confirmation
-    if not network.choices:
-        return "nothing to choose"
-    if confirmation is None:
-        return "installed, not confirmed end to end" if network.installed else "PyTorch's choice is kept throughout"
-    if confirmation.problem is not None:
-        return f"not installed: {confirmation.problem}{_times(confirmation)}"
-    return f"installed{_times(confirmation)}"
 
 
 def _times(confirmation: Confirmation) -> str:

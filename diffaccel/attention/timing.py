@@ -13,7 +13,11 @@ _SHORT = 5e-4  # seconds; shorter calls are timed several at a time on the CPU
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 20, seconds: float = 2.0
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 20,
+    seconds: float = 2.0,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each contender, which take turns: what slows the machine down for a while slows all of them.
 
@@ -24,8 +28,10 @@ def alternate(
         device: where they run.
         rounds: how often each is timed, at most and at least 3 times.
         seconds: after which no round begins.
+        before: what prepares a contender, each time and untimed.
     """
-    warm = {name: _warmed_up(run, device) for name, run in contenders.items()}
+    before = before or {}
+    warm = {name: _warmed_up(run, device, before.get(name, _nothing)) for name, run in contenders.items()}
     repeats = max(1, min(50, int(_SHORT / min(warm.values()))))
     clock = _cuda_clock(device) if device.type == "cuda" else _clock(repeats)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
@@ -35,24 +41,18 @@ def alternate(
         if index >= 3 and time.perf_counter() - start > seconds:
             break
         for name in names if index % 2 else names[::-1]:  # each follows its neighbour on both sides equally often
+            before.get(name, _nothing)()
             taken[name].append(clock(contenders[name]))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call allocates at its peak, beyond what was allocated; None where that is not measured."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def _nothing() -> None:
+    """Preparation of contenders that need none."""
 
 
-def _warmed_up(run: Callable, device: torch.device) -> float:
+def _warmed_up(run: Callable, device: torch.device, prepare: Callable) -> float:
     """Run until caches, allocators and clock rates are settled, long calls less often; seconds of the last run."""
+    prepare()
     begin = time.perf_counter()
     for _ in range(WARM_UP):
         start = time.perf_counter()

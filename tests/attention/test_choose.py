@@ -7,7 +7,7 @@ import torch
 
 from diffaccel.attention.choose import choose
 from diffaccel.attention.measure import Measurement
-from diffaccel.attention.timing import alternate, peak_bytes
+from diffaccel.attention.timing import alternate
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,3 @@ def test_slow_contenders_are_told_apart_and_the_time_is_limited():
     times = alternate({"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}, CPU, 1000, seconds=0.05)
     assert times["slow"] > 2 * times["fast"]
     assert time.perf_counter() - start < 2.0
-
-
-def test_memory_of_the_cpu_is_not_measured():
-    assert peak_bytes(lambda: None, CPU) is None
