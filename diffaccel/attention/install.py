@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from .collect import Collection
 from .route import Installation
 from .signature import Signature, signature_of
-from .timing import alternate
+from .timing import alternate, medians
 
 DISAGREEMENT = 0.05
 """Largest difference between a network's outputs with and without exact backends, relative to the largest value."""
@@ -84,7 +84,7 @@ def confirm(
     difference = _difference(chosen(), evaluate())
     if not difference <= (DISAGREEMENT if exact else 1.0):
         return Confirmation(0.0, 0.0, difference, f"outputs differ by {difference:.2g}")
-    taken = alternate({"default": evaluate, "chosen": chosen}, device, rounds, seconds)
+    taken = medians(alternate({"default": evaluate, "chosen": chosen}, device, rounds, seconds))
     slower = taken["chosen"] > taken["default"]
     problem = "the network is not faster with them" if slower else None
     return Confirmation(taken["default"], taken["chosen"], difference, problem)

@@ -10,7 +10,7 @@ from .backends import Backend
 from .collect import Use
 from .gate import Gate
 from .inputs import make_inputs
-from .timing import alternate
+from .timing import alternate, medians
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def measure(use: Use, backends: list[Backend], rounds: int = 20, seconds: float 
     inputs = make_inputs(use)
     passed = {backend.name: backend for backend in backends if excluded[backend.name] is None}
     runs = {name: functools.partial(_call, backend, use, inputs) for name, backend in passed.items()}
-    taken = alternate(runs, use.device, rounds, seconds)
+    taken = medians(alternate(runs, use.device, rounds, seconds))
     output = use.signature.batch * use.signature.heads * use.signature.queries * use.signature.value_dim
     found = []
     for name, reason in excluded.items():

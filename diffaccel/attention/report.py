@@ -146,7 +146,7 @@ def _rows(choice: Choice) -> list[str]:
     rows = []
     for one in timed:
         mark = "*" if one.backend == choice.backend else " "
-        rows.append(f"   {mark} {one.backend:<14}{1000 * one.seconds:>10.3f} ms{one.bytes / 2**20:>10.1f} MiB")
+        rows.append(f"   {mark} {one.backend:<14}{1000 * one.seconds:>10.3f} ms{one.bytes / 2**20:>10.3g} MiB")
     return rows + [f"     {one.backend:<14} out: {one.excluded}" for one in choice.measured if one.excluded is not None]
 
 

@@ -18,8 +18,8 @@ def alternate(
     rounds: int = 20,
     seconds: float = 2.0,
     before: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, float]:
-    """Median seconds of each contender, which take turns: what slows the machine down for a while slows all of them.
+) -> dict[str, list[float]]:
+    """Seconds of each contender round by round; they take turns, so what slows the machine down for a while slows all of them.
 
     On CUDA by events around single calls, with the cache emptied before each; elsewhere by the clock.
 
@@ -43,6 +43,11 @@ def alternate(
         for name in names if index % 2 else names[::-1]:  # each follows its neighbour on both sides equally often
             before.get(name, _nothing)()
             taken[name].append(clock(contenders[name]))
+    return taken
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each contender."""
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -22,7 +22,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _UNITS = {
     "": 1,
     "B": 1,
-    **{f"{letter}{end}": 1024**power for power, letter in enumerate("KMGT", 1) for end in ("B", "IB")},
+    **{f"{letter}{end}": 1024**power for power, letter in enumerate("KMGT", 1) for end in ("", "B", "IB")},
 }
 
 
