@@ -93,6 +93,4 @@ def test_lists_and_environment(run):
     assert rows["default"]["here"].startswith("usable on") and rows["sage"]["kind"] == "approximate"
     assert "channels-last" in run("list", "accelerations").out
     facts = json.loads(run("env", "--json").out)
-    assert (
-        "math" in facts["attention"] and "xformers" in facts["attention"] + facts["attention, not here"]
-    )
+    assert "math" in facts["attention"] and "xformers" in facts["attention"] + facts["attention, not here"]
