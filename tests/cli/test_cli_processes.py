@@ -81,7 +81,7 @@ def test_two_processes_equal_one(tmp_path, name):
 
 @pytest.mark.slow
 def test_guidance_pairs_are_shared(tmp_path, run):
-    command = ["sample", "digits", "--steps", "4", "--num", "6", "--guidance-scale", "3", "--batch-size", "3"]
+    command = ["sample", "digits", "--steps", "4", "-n", "6", "--guidance-scale", "3", "--batch-size", "3"]
     done = _torchrun(
         2, ["-m", "diffaccel", *command, "--parallel-cfg", "--device", "cpu", "--output", tmp_path / "two"]
     )
