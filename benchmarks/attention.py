@@ -56,7 +56,7 @@ def shapes(options) -> dict:
 
 def _shape(signature: Signature, backends: list, seconds: float) -> dict:
     use = Use(signature, (1.0, 1.0, 1.0), True, CPU)
-    chosen, _ = choose(measure(use, backends, rounds=20, seconds=4.0))
+    chosen, *_ = choose(measure(use, backends, rounds=20, seconds=4.0))
     inputs, attention = make_inputs(use), attention_by({signature: BACKENDS[chosen].kernel})
     usable = [backend for backend in backends if backend.refuses(signature) is None]
     runs = {backend.name: partial(backend.kernel, *inputs, False, None) for backend in usable}

@@ -47,7 +47,8 @@ def _unet(config, normal, whole, images: int) -> dict:
 
 def _unet_condition(config, normal, whole, images: int) -> dict:
     rows = 2 * images
-    if config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
+    images_too = config.encoder_hid_dim_type not in (None, "text_proj")
+    if images_too or config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
         raise UsageError(
             "This U-Net takes more than prompts: pass run=, such as lambda: pipe('a cat', num_inference_steps=1)."
         )

@@ -1,5 +1,6 @@
 """The chosen backends on a network, and whether the network as a whole is faster with them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,7 +62,12 @@ def installation_of(collection: Collection, table: dict[Signature, Callable]) ->
 
 
 def confirm(
-    collection: Collection, installation: Installation, exact: bool, rounds: int = 10, seconds: float = 10.0
+    collection: Collection,
+    installation: Installation,
+    exact: bool,
+    faster: bool = True,
+    rounds: int = 10,
+    seconds: float = 10.0,
 ) -> Confirmation:
     """Time the network's calls with and without an installation, and compare what they return.
 
@@ -69,6 +75,7 @@ def confirm(
         collection: the network and its calls.
         installation: not installed; it is not when this returns or raises.
         exact: whether outputs must agree.
+        faster: whether the network must be faster, as it need not be where the choice was made for its memory.
         rounds, seconds: see `alternate`.
     """
     device = next(iter(collection.uses.values())).device
@@ -85,7 +92,7 @@ def confirm(
     if not difference <= (DISAGREEMENT if exact else 1.0):
         return Confirmation(0.0, 0.0, difference, f"outputs differ by {difference:.2g}")
     taken = medians(alternate({"default": evaluate, "chosen": chosen}, device, rounds, seconds))
-    slower = taken["chosen"] > taken["default"]
+    slower = faster and taken["chosen"] > taken["default"]
     problem = "the network is not faster with them" if slower else None
     return Confirmation(taken["default"], taken["chosen"], difference, problem)
 
@@ -94,4 +101,5 @@ def _difference(left, right) -> float:
     """Largest difference of all tensors, relative to the largest value; NaN where values are not finite."""
     pairs = zip(tree_leaves(left), tree_leaves(right), strict=True)
     pairs = [(a.double(), b.double()) for a, b in pairs if isinstance(a, torch.Tensor)]
-    return max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs), default=0.0)
+    found = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import nn
 
 from ..core.errors import UsageError
-from ..models.networks import eager, networks_of
+from ..models.networks import device_of, eager, networks_of
 from .backends import APPROXIMATE, BACKENDS, Backend, candidates
 from .cache import Cache
 from .choose import choose
@@ -63,7 +62,7 @@ def optimize_attention(
     """
     _check(memory_cap, rounds, seconds)
     networks = networks_of(pipe_or_network)
-    devices = {name: _device(network) for name, network in networks.items()}
+    devices = {name: device_of(network) for name, network in networks.items()}
     offered = {device: candidates(backends, approximate, device) for device in devices.values()}
     reports: list[NetworkReport] = []
     with ExitStack() as on_error:
@@ -90,8 +89,7 @@ def _choice(
     measured = known or measure(use, contenders, rounds, seconds)
     if store and not known:
         store.put(use, measured)
-    backend, reason = choose(measured, cap)
-    return Choice(use, backend, reason, tuple(measured), known is not None)
+    return Choice(use, *choose(measured, cap), tuple(measured), known is not None)
 
 
 def _installed(
@@ -105,7 +103,8 @@ def _installed(
         return NetworkReport(*parts, confirmation=None, installed=False)
     installation = installation_of(collection, table)
     exact = all(by_name[one.backend].kind != APPROXIMATE for one in choices)
-    outcome = confirmed(collection, installation, exact) if confirm else None
+    faster = not any(one.for_memory for one in choices)
+    outcome = confirmed(collection, installation, exact, faster) if confirm else None
     if outcome is not None and outcome.problem is not None:
         return NetworkReport(*parts, confirmation=outcome, installed=False)
     installation.install()
@@ -115,16 +114,6 @@ def _installed(
 def _cost(choice: Choice) -> float:
     default = next(one for one in choice.measured if one.backend == "default")
     return default.seconds * len(choice.use.modules)
-
-
-def _device(network: nn.Module) -> torch.device:
-    """Where a network computes, which for an offloaded one is not where its weights are."""
-    network = eager(network)
-    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
-    device = next(network.parameters(), torch.empty(0)).device if device is None else torch.device(device)
-    if device.type == "meta":  # offloaded layer by layer
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device
 
 
 def _registered(contenders: list[Backend]) -> bool:

@@ -17,6 +17,7 @@ class Choice:
         use: the signature and the modules that have it.
         backend: name of the chosen one.
         reason: a clause.
+        for_memory: whether it is chosen for its memory, faster or not.
         measured: of every candidate.
         cached: whether measurements are from an earlier process.
     """
@@ -24,6 +25,7 @@ class Choice:
     use: Use
     backend: str
     reason: str
+    for_memory: bool
     measured: tuple[Measurement, ...]
     cached: bool
 

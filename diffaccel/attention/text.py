@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ..core.errors import UsageError
-from ..core.standins import subclass
+from ..core.standins import Overlay
 from ..models.networks import eager, networks_of
 from .route import attention_modules, why_left_alone
 
 _KEPT = 2  # texts per layer: the branches of guidance, where they are two calls
 # Modules through which the text passes before cross-attention; reused too, or keys and values would see a new text each step.
-_BEFORE = ("caption_projection", "condition_embedder.text_embedder")
+_BEFORE = ("caption_projection", "caption_norm", "condition_embedder.text_embedder", "encoder_hid_proj")
 
 
 class Reuse:
@@ -73,13 +73,24 @@ class TextReuse:
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = tuple(modules)
         self._reuses = {name: Reuse() for name in modules}
-        self._changed = []
-        for name, module in modules.items():
-            former = type(module)
-            module.__class__ = subclass(
-                former, __call__=_calling(former.__call__, self._reuses[name]), _reuses_text=True
-            )
-            self._changed.append((module, former, type(module)))
+        self._overlay = Overlay(
+            {
+                module: {"__call__": self._calling(module, name), "_reuses_text": True}
+                for name, module in modules.items()
+            }
+        )
+        self.redo()
+
+    def _calling(self, module: nn.Module, name: str) -> Callable:
+        parent, reuse = type(module).__call__, self._reuses[name]
+
+        def __call__(module, *args, **kwargs):
+            afresh = torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._overlay.active
+            if afresh or len(args) != 1 or kwargs:
+                return parent(module, *args, **kwargs)
+            return reuse.call(module, args[0], lambda: parent(module, *args))
+
+        return __call__
 
     @property
     def hits(self) -> int:
@@ -103,10 +114,12 @@ class TextReuse:
 
     def undo(self) -> None:
         """Give every module its class back; without effect the second time."""
-        for module, former, ours in self._changed:
-            if type(module) is ours:
-                module.__class__ = former
+        self._overlay.off()
         self.clear()
+
+    def redo(self) -> None:
+        """Reuse again after `undo`; without effect where that is so already."""
+        self._overlay.on()
 
     def __enter__(self):
         return self
@@ -153,15 +166,6 @@ def _projections(network: nn.Module) -> dict[str, nn.Module]:
         modules = dict(network.named_modules())
         found |= {name: modules[name] for name in _BEFORE if name in modules}
     return found
-
-
-def _calling(parent: Callable, reuse: Reuse) -> Callable:
-    def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1 or kwargs:
-            return parent(self, *args, **kwargs)
-        return reuse.call(self, args[0], lambda: parent(self, *args))
-
-    return __call__
 
 
 def _weights(module: nn.Module) -> list[torch.Tensor] | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .pipelines import Approximate, Device, Dtype, MemoryCap, Model, bytes_of, names_of, opened
+from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened
 
 app = typer.Typer(name="bench", help="What is fastest here.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -22,7 +22,9 @@ def attention(
     backends: Annotated[
         str | None, typer.Option(help="Separated by commas; default: every usable one, see `diffaccel list attention`.")
     ] = None,
-    memory_cap: MemoryCap = None,
+    memory_cap: Annotated[
+        str | None, typer.Option(help="What one attention call may allocate, such as 500MiB.", show_default=False)
+    ] = None,
     approximate: Approximate = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what earlier runs measured.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="How often each backend is timed.")] = 20,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import make_folder, note, run_folder
-from .pipelines import Approximate, Device, Dtype, MemoryCap, Model, bytes_of, names_of, opened
+from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened
 from .sample import check_output
 
 
@@ -26,7 +26,10 @@ def optimize(
         str | None, typer.Option(help="Try these, separated by commas; see `diffaccel list accelerations`.")
     ] = None,
     skip: Annotated[str | None, typer.Option(help="Leave these out, such as compile, which takes a minute.")] = None,
-    memory_cap: MemoryCap = None,
+    memory_cap: Annotated[
+        str | None,
+        typer.Option(help="What a run should take at its peak, such as 12GiB; comes before time.", show_default=False),
+    ] = None,
     approximate: Approximate = False,
     rounds: Annotated[
         int, typer.Option(min=3, help="Each is timed so many times, in turn with what it competes with.")

@@ -10,9 +10,6 @@ from ..core.errors import UsageError
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Teacher name, or a folder in diffusers layout.", show_default=False)
 ]
-MemoryCap = Annotated[
-    str | None, typer.Option(help="Bytes, such as 500MiB or 12GiB, that should not be exceeded.", show_default=False)
-]
 Approximate = Annotated[bool, typer.Option("--approximate", help="Attention with reduced precision may be used too.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as it is loaded.", show_default=False)
@@ -61,5 +58,5 @@ def opened(model: str, dtype: str | None, device: str | None):
     from ..core.processes import usable_device
 
     where = usable_device(device or "auto")
-    pipe = load_pipeline(model).to(where)
-    return pipe if dtype is None else pipe.to(getattr(torch, dtype))
+    pipe = load_pipeline(model)
+    return pipe.to(where) if dtype is None else pipe.to(where, getattr(torch, dtype))

@@ -144,7 +144,7 @@ def sample(
         note("Note: this student was trained for one step; more steps make its images worse.")
     import torch
 
-    from ..core.processes import is_main_process, usable_device
+    from ..core.processes import is_main_process, rank_and_world, usable_device
 
     device = device and str(usable_device(device))
     from ..core.files import write_atomic
@@ -159,6 +159,10 @@ def sample(
         guidance_scale = scale if guidance is None and guidance_scale is None else guidance_scale
     if parallel_cfg:
         drawn_from, device = _shared(drawn_from, device), None
+    elif rank_and_world()[1] > 1:
+        raise UsageError(
+            "Several processes share the drawing of guidance pairs only: add --parallel-cfg, or start one process."
+        )
     main = is_main_process()
     drawn = generate(
         drawn_from,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that ``run()`` allocates on a device at its peak, beyond what was allocated before.
 
-    On CUDA what PyTorch's allocator hands out. Elsewhere the tensors that are alive at once, what operators store
+    On CUDA what PyTorch's allocator hands out (its peak statistics begin anew). Elsewhere the tensors that are alive at once, what operators store
     for themselves meanwhile excepted; that is slower by a few microseconds per operation, and compiled graphs are not seen.
     """
     if device.type == "cuda":

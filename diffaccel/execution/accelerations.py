@@ -50,6 +50,7 @@ class Acceleration:
         name: as the user types it.
         summary: one line.
         exact: "bit-equal", or "rounding" where results agree up to the order of sums.
+        compiles: whether it makes graphs, whose memory cannot be seen but on CUDA.
         make: ``make(pipe, options)`` returns a `Switch`; raises UsageError where there is nothing to gain, with the reason.
             ``options`` are keyword arguments of `optimize_attention`.
     """
@@ -58,6 +59,7 @@ class Acceleration:
     summary: str
     exact: str
     make: Callable[[object, dict], Switch]
+    compiles: bool = False
 
 
 def _attention(pipe, options: dict) -> Switch:
@@ -66,30 +68,38 @@ def _attention(pipe, options: dict) -> Switch:
     kept = [network.installation for network in report.networks if network.installed]
     if not kept:
         raise UsageError("; ".join(network.outcome for network in report.networks))
-    return Switch(lambda: [one.install() for one in kept], report.undo, report.to_dict())
+    return Switch(lambda: [one.install() for one in kept], lambda: [one.remove() for one in kept], report.to_dict())
 
 
 def _text(pipe, options: dict) -> Switch:
-    return _undoable(lambda: reuse_text(pipe))
+    return _undoable(reuse_text(pipe))
 
 
 def _sequential(pipe, options: dict) -> Switch:
-    return _undoable(lambda: sequential_cfg(pipe))
+    return _undoable(sequential_cfg(pipe))
 
 
 def _channels_last(pipe, options: dict) -> Switch:
     parts = [*map(eager, networks_of(pipe).values()), getattr(pipe, "vae", None)]
-    parts = [part for part in parts if isinstance(part, nn.Module) and _convolutions(part) >= _FEWEST]
-    if not parts:
+    found = [_convolutions(part) for part in parts if isinstance(part, nn.Module)]
+    layers = [layer for some in found if len(some) >= _FEWEST for layer in some]
+    if not layers:
         raise UsageError("There are hardly any convolutions.")
-    if any(_is_channels_last(part) for part in parts):
+    layers = [layer for layer in layers if not layer.weight.is_contiguous(memory_format=torch.channels_last)]
+    if not layers:
         raise UsageError("Its weights lie channels-last already.")
+    strides = {layer: layer.weight.stride() for layer in layers}
 
-    def arrange(layout: torch.memory_format):
-        for part in parts:
-            part.to(memory_format=layout)
+    def on():
+        for layer in layers:
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
 
-    return Switch(lambda: arrange(torch.channels_last), lambda: arrange(torch.contiguous_format))
+    def off():
+        for layer, stride in strides.items():
+            weight = layer.weight.data
+            layer.weight.data = weight.new_empty_strided(weight.shape, stride).copy_(weight)
+
+    return Switch(on, off)
 
 
 def _compile(pipe, options: dict) -> Switch:
@@ -114,23 +124,14 @@ def _compile(pipe, options: dict) -> Switch:
     return Switch(on, off)
 
 
-def _undoable(apply: Callable) -> Switch:
-    apply().undo()  # raises here where there is nothing to apply it to
-    active = []
-    return Switch(lambda: active.append(apply()), lambda: [one.undo() for one in active] and active.clear())
+def _undoable(made) -> Switch:
+    made.undo()
+    return Switch(made.redo, made.undo)
 
 
-def _convolutions(part: nn.Module) -> int:
-    return sum(isinstance(module, nn.Conv2d) for module in part.modules())
-
-
-def _is_channels_last(part: nn.Module) -> bool:
-    weights = (
-        module.weight for module in part.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-    )
-    return any(
-        weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
-    )
+def _convolutions(part: nn.Module) -> list[nn.Conv2d]:
+    """Those with a layout to choose: kernels of one pixel lie the same way in both."""
+    return [one for one in part.modules() if isinstance(one, nn.Conv2d) and one.weight.shape[2:].numel() > 1]
 
 
 # Parts of a batch come first, since measurements of attention depend on its size.
@@ -141,7 +142,7 @@ ACCELERATIONS = {
         Acceleration("attention", "the fastest correct attention backend for every shape", ROUNDING, _attention),
         Acceleration("text", "keys and values of the text computed once per run", BIT_EQUAL, _text),
         Acceleration("channels-last", "convolution weights with channels innermost", ROUNDING, _channels_last),
-        Acceleration("compile", "torch.compile of the network", ROUNDING, _compile),
+        Acceleration("compile", "torch.compile of the network", ROUNDING, _compile, compiles=True),
     )
 }  # fmt: skip
 """All accelerations, in the order in which they are tried."""

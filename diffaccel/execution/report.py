@@ -1,14 +1,16 @@
 """What `optimize` found: to read, to draw and to undo."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..core.files import write_atomic
 from .accelerations import BIT_EQUAL, Switch
 from .waterfall import save_waterfall
 
-KEPT, NOT_KEPT, NOT_APPLICABLE = "kept", "not kept", "not applicable"
+KEPT, NOT_KEPT, NOT_APPLICABLE, FAILED = "kept", "not kept", "not applicable", "failed"
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Trial:
 
     Attributes:
         name: see `ACCELERATIONS`.
-        outcome: "kept", "not kept" or "not applicable".
+        outcome: "kept", "not kept", "not applicable" or "failed".
         reason: a clause.
         exact: "bit-equal" or "rounding".
         without, used: costs, measured in turn within one run; None where it was not tried.
         difference: mean absolute difference of the images, in levels of 8 bits.
         detail: what the acceleration tells of itself.
+        switch: of what is kept.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Trial:
     used: Cost | None = None
     difference: float | None = None
     detail: dict | None = field(default=None, repr=False)
+    switch: Switch | None = field(default=None, repr=False, compare=False)
 
     @property
     def ratio(self) -> float | None:
@@ -60,6 +64,7 @@ class OptimizeReport:
         first, last: costs of the pipeline as it came and with all that is kept, measured in turn at the end; None without
             measuring, and ``last`` where nothing is kept.
         difference: between their images, as for `Trial`.
+        settings: arguments of `optimize` that decide what is applied.
     """
 
     pipeline: str
@@ -69,7 +74,8 @@ class OptimizeReport:
     first: Cost | None
     last: Cost | None
     difference: float | None
-    switches: tuple[Switch, ...] = field(repr=False, default=())
+    settings: dict = field(default_factory=dict)
+    switches: ExitStack = field(repr=False, default_factory=ExitStack)
 
     @property
     def kept(self) -> list[str]:
@@ -78,9 +84,7 @@ class OptimizeReport:
 
     def undo(self) -> None:
         """Make the pipeline what it was; without effect the second time."""
-        for switch in reversed(self.switches):
-            switch.off()
-        self.switches = ()
+        self.switches.close()
 
     def explain(self) -> str:
         """A table of the trials, the total, and how to use it in Python."""
@@ -108,20 +112,20 @@ class OptimizeReport:
 
     def to_dict(self) -> dict:
         """The same as plain data, for JSON."""
-        trials = [{**asdict(trial), "ratio": trial.ratio} for trial in self.trials]
-        cost = {"first": self.first and asdict(self.first), "last": self.last and asdict(self.last)}
         head = {"pipeline": self.pipeline, "environment": self.environment, "steps": self.steps, "kept": self.kept}
-        return {**head, **cost, "difference": self.difference, "trials": trials}
+        cost = {"first": self.first and asdict(self.first), "last": self.last and asdict(self.last)}
+        return {**head, **cost, "difference": self.difference, "trials": [_plain(trial) for trial in self.trials]}
 
     def save(self, folder: Path) -> None:
-        """Write report.json, report.txt and waterfall.png into a folder that exists.
+        """Write report.json and report.txt, and waterfall.png if it was measured, into a folder that exists.
 
         Raises:
             UsageError: they cannot be written.
         """
         write_atomic(folder / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_atomic(folder / "report.txt", self.explain() + "\n")
-        save_waterfall(self, folder / "waterfall.png")
+        if self.first is not None:
+            save_waterfall(self, folder / "waterfall.png")
 
     def __str__(self) -> str:
         return self.explain()
@@ -131,6 +135,14 @@ class OptimizeReport:
 
     def __exit__(self, *_):
         self.undo()
+
+
+def _plain(trial: Trial) -> dict:
+    plain = asdict(replace(trial, switch=None)) | {"ratio": trial.ratio}
+    del plain["switch"]
+    if trial.difference is not None and not math.isfinite(trial.difference):
+        plain["difference"] = None  # JSON has no such number; the reason tells
+    return plain
 
 
 def _costs(trial: Trial) -> str:

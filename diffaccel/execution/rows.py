@@ -1,22 +1,24 @@
 """A network's batch in parts: one after the other, which takes less memory, or each on its own process, which takes less time.
 
-Pipelines with classifier-free guidance give their network a batch of both branches. Its rows do not depend on each other,
-so the network is given parts of the batch, and nothing else of the pipeline changes. Several images are parted likewise.
+Pipelines with classifier-free guidance give their network a batch of both branches. Where its rows do not depend on each
+other, the network is given parts of the batch, and nothing else of the pipeline changes. Several images are parted likewise.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.errors import NumericalError, UsageError
 from ..core.processes import Processes
-from ..core.standins import subclass
-from ..models.networks import eager, networks_of
+from ..core.standins import Overlay
+from ..models.batches import WITHOUT_BATCH, find_samples, has_rows, is_list_of_samples, joined, part
+from ..models.networks import device_of, eager, networks_of
 
-# Arguments that belong to all rows together: positions of tokens.
-_SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+_Call = Callable[[Callable, tuple, dict], object]
 
 
 class Parted:
@@ -24,22 +26,24 @@ class Parted:
 
     Attributes:
         parted: calls of networks whose batch was parted.
-        whole: calls that ran as they came, because their rows cannot be parted evenly.
+        whole: calls that ran as they came, because their rows cannot be parted evenly, or depend on each other.
     """
 
-    def __init__(self, networks: dict[str, nn.Module], call: Callable):
+    def __init__(self, networks: dict[str, nn.Module], call: _Call):
         self.parted = self.whole = 0
-        self._changed = []
-        for network in map(eager, networks.values()):
-            former = type(network)
-            network.__class__ = subclass(former, __call__=self._calling(former.__call__, call), _parted=True)
-            self._changed.append((network, former, type(network)))
+        methods = {
+            network: {"__call__": self._calling(network, call), "_parted": True} for network in networks.values()
+        }
+        self._overlay = Overlay(methods)
+        self.redo()
 
     def undo(self) -> None:
         """Give every network its class back; without effect the second time."""
-        for network, former, ours in self._changed:
-            if type(network) is ours:
-                network.__class__ = former
+        self._overlay.off()
+
+    def redo(self) -> None:
+        """Part batches again after `undo`; without effect where that is so already."""
+        self._overlay.on()
 
     def __enter__(self):
         return self
@@ -47,9 +51,15 @@ class Parted:
     def __exit__(self, *_):
         self.undo()
 
-    def _calling(self, parent: Callable, call: Callable) -> Callable:
+    def _calling(self, network: nn.Module, call: _Call) -> Callable:
+        parent, attending = type(network).__call__, _attending(network)
+
         def __call__(network, *args, **kwargs):
-            result = call(lambda part: parent(network, *part[0], **part[1]), args, kwargs)
+            if not self._overlay.active:
+                return parent(network, *args, **kwargs)
+            result = None
+            if not _depends(network, attending):
+                result = call(lambda given: parent(network, *given[0], **given[1]), args, kwargs)
             self.parted += result is not None
             self.whole += result is None
             return parent(network, *args, **kwargs) if result is None else result
@@ -66,20 +76,21 @@ def sequential_cfg(pipe_or_network, parts: int = 2) -> Parted:
     Activations take about half of the memory. Results agree up to rounding, since kernels may depend on the size of a batch.
 
     Args:
-        pipe_or_network: any diffusers pipeline, or its network.
+        pipe_or_network: any diffusers pipeline, or its network, as it is before ``torch.compile(network)``.
         parts: into how many the rows of a batch are divided, where their number allows it.
 
     Raises:
-        UsageError: neither pipeline nor network, less than two parts, or a network whose batch is parted already.
+        UsageError: neither pipeline nor network, less than two parts, a network whose batch is parted already, or one whose
+            rows depend on each other (attention across the batch, as of PAG, or a cache from step to step).
     """
     if not isinstance(parts, int) or parts < 2:
         raise UsageError(f"parts is a whole number from 2; got {parts!r}.")
 
     def call(evaluate, args, kwargs):
         divided = divide(args, kwargs, parts)
-        return divided and join([evaluate(part) for part in divided])
+        return divided and joined([evaluate(given) for given in divided])
 
-    return Parted(_unparted(pipe_or_network), call)
+    return Parted(_partable(pipe_or_network), call)
 
 
 def parallel_cfg(pipe_or_network) -> Parted:
@@ -98,109 +109,134 @@ def parallel_cfg(pipe_or_network) -> Parted:
         pipe_or_network: any diffusers pipeline, or its network, on the device of this process.
 
     Raises:
-        UsageError: a single process, neither pipeline nor network, or a network whose batch is parted already.
-        NumericalError: later, when processes call the network with different numbers.
+        UsageError: a single process, or what `sequential_cfg` refuses.
+        NumericalError: later, when processes call the network with different arguments.
     """
-    networks = _unparted(pipe_or_network)
-    device = next(iter(networks.values())).device
-    processes = Processes(str(device))
+    networks = _partable(pipe_or_network)
+    devices = {str(device_of(network)) for network in networks.values()}
+    processes = Processes(next(iter(devices)))
     if processes.world == 1:
         raise UsageError(
-            "Guidance on several processes needs them: start this with `torchrun --nproc_per_node 2 FILE.py`, or use "
-            "sequential_cfg in one process."
+            "Guidance on several processes needs them: start this with `torchrun --nproc_per_node 2 FILE.py`, on the command "
+            "line `torchrun --nproc_per_node 2 -m diffaccel …`, or use sequential_cfg in one process."
         )
-    if any(network.device.type != processes.device.type for network in networks.values()):
+    if {_indexed(torch.device(name)) for name in devices} != {_indexed(processes.device)}:
         raise UsageError(
-            f"The network is on {device}, but this process computes on {processes.device}: move the pipeline there."
+            f"The networks are on {' and '.join(devices)}, but this process computes on {processes.device}: "
+            f'move the pipeline there, pipe.to("{processes.device}").'
         )
+    agreed: set = set()
 
     def call(evaluate, args, kwargs):
         divided = None if torch.is_grad_enabled() else divide(args, kwargs, processes.world)
-        return divided and join(_gather(evaluate(divided[processes.rank]), _rows_of(args, kwargs), processes))
+        if divided is None:
+            return None
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        form = str([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+        if form not in agreed:  # before anything of another size is exchanged
+            _check_equal(processes.gather_json(hashlib.sha256(form.encode()).hexdigest()))
+            agreed.add(form)
+        return joined(_gather(evaluate(divided[processes.rank]), tensors, processes))
 
     return Parted(networks, call)
 
 
 def divide(args: tuple, kwargs: dict, parts: int) -> list[tuple[tuple, dict]] | None:
-    """The arguments of a call in equal parts by rows, the first tensor's first dimension.
+    """The arguments of a call in equal parts by its samples.
 
     Returns:
-        (args, kwargs) of each part; None where rows are no multiple of ``parts``, or where a tensor has another number of rows,
-        so that it is not known what belongs together.
+        (args, kwargs) of each part; None where their number is no multiple of ``parts``, or where it is not known which
+        sample something belongs to.
     """
-    rows = len(_rows_of(args, kwargs))
-    if rows % parts:
+    samples = find_samples(args, kwargs)
+    if not isinstance(samples, (torch.Tensor, list)):
         return None
-    size, known = rows // parts, True
-
-    def part(value, index):
-        nonlocal known
-        if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) == 1:
-            return value
-        known &= len(value) == rows
-        return value[index * size : (index + 1) * size]
-
-    divided = []
-    for index in range(parts):
-        given = {
-            name: value if name in _SHARED else tree_map(lambda leaf: part(leaf, index), value)  # noqa: B023
-            for name, value in kwargs.items()
-        }
-        divided.append((tuple(tree_map(lambda leaf: part(leaf, index), value) for value in args), given))  # noqa: B023
-    return divided if known else None
+    rows = len(samples)
+    if rows % parts or not all(_understood(value, rows, "") for value in (*args, kwargs)):
+        return None
+    return [(tuple(part(args, rows, i, parts)), part(kwargs, rows, i, parts)) for i in range(parts)]
 
 
-def join(outputs: list):
-    """What a network would have returned for all rows, from what it returned for parts of them."""
-    leaves = [tree_flatten(output) for output in outputs]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
-        for parts in zip(*(values for values, _ in leaves), strict=True)
-    ]
-    return tree_unflatten(joined, leaves[0][1])
+def _understood(value, rows: int, name: str) -> bool:
+    """Whether all of an argument is for every sample or for one each."""
+    if name in WITHOUT_BATCH or isinstance(value, _PLAIN) or is_list_of_samples(value, rows):
+        return True
+    if isinstance(value, dict):
+        return all(_understood(item, rows, key) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        numbers = len(value) == rows and any(isinstance(item, (bool, int, float, str)) for item in value)
+        return not numbers and all(_understood(item, rows, name) for item in value)
+    return isinstance(value, torch.Tensor) and (value.ndim == 0 or len(value) == 1 or has_rows(value, rows, name))
 
 
-def _gather(mine, rows: torch.Tensor, processes: Processes) -> list:
-    """What all processes returned, in order of rank, by one exchange that also tells whether they were given the same rows."""
+def _gather(mine, given: list[torch.Tensor], processes: Processes) -> list:
+    """What all processes returned, in order of rank, by one exchange that also tells whether all were given the same."""
     leaves, form = tree_flatten(mine)
     tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    packed = [_bytes_of(tensor) for tensor in tensors] + [_bytes_of(_fingerprint(rows))]
-    found = processes.gather(torch.cat(packed))
-    lengths = [len(part) for part in packed]
-    parts = [part.split(lengths) for part in found]
-    if any(not torch.equal(part[-1], parts[0][-1]) for part in parts):
+    packed = [_bytes_of(tensor) for tensor in tensors] + [_bytes_of(_fingerprint(given))]
+    lengths = [len(one) for one in packed]
+    found = [one.to(packed[0].device).split(lengths) for one in processes.gather(torch.cat(packed))]
+    _check_equal([one[-1].tolist() for one in found])
+    outputs = []
+    for theirs in found:
+        values = iter([one.clone().view(old.dtype).view(old.shape) for one, old in zip(theirs, tensors, strict=False)])
+        leaves_of_theirs = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        outputs.append(tree_unflatten(leaves_of_theirs, form))
+    return outputs
+
+
+def _check_equal(found: list) -> None:
+    if any(one != found[0] for one in found):
         raise NumericalError(
-            "The processes call the network with different numbers: give every one of them the same prompt and "
+            "The processes call the network with different arguments: give every one of them the same prompts, sizes and "
             "generator=torch.Generator().manual_seed(0)."
         )
-    return [tree_unflatten(_unpacked(part[:-1], tensors, leaves), form) for part in parts]
-
-
-def _unpacked(parts, like: list[torch.Tensor], leaves: list) -> list:
-    tensors = iter([part.clone().view(old.dtype).view(old.shape) for part, old in zip(parts, like, strict=True)])
-    return [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _fingerprint(rows: torch.Tensor) -> torch.Tensor:
-    """Two exact sums over the bytes of a tensor, one of which depends on their order."""
-    numbers = _bytes_of(rows.contiguous()).long()
-    places = torch.arange(len(numbers), device=numbers.device) % 251 + 1
-    return torch.stack([numbers.sum(), (numbers * places).sum()])
+def _fingerprint(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Exact sums over the bytes of tensors, one of them weighted by place."""
+    device, total = tensors[0].device, None
+    for index, tensor in enumerate(tensors, 1):
+        numbers = _bytes_of(tensor.detach().contiguous()).to(device, torch.int64)
+        places = torch.arange(len(numbers), device=device) % 251 + index
+        sums = torch.stack([numbers.sum() * index, (numbers * places).sum()])
+        total = sums if total is None else total + sums
+    return total
 
 
-def _rows_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The samples that a network is called with."""
-    if args:
-        return args[0]
-    return kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
-
-
-def _unparted(pipe_or_network) -> dict[str, nn.Module]:
+def _partable(pipe_or_network) -> dict[str, nn.Module]:
+    """The networks, if rows of their batches can be evaluated apart."""
     networks = networks_of(pipe_or_network)
-    if any(hasattr(type(eager(network)), "_parted") for network in networks.values()):
-        raise UsageError("The batch of this network is parted already; undo that first.")
+    for network in networks.values():
+        if network is not eager(network):
+            raise UsageError(
+                "A network compiled by torch.compile(network) cannot be parted; use network.compile() instead."
+            )
+        if hasattr(type(network), "_parted"):
+            raise UsageError("The batch of this network is parted already; undo that first.")
+        if reason := _depends(network, _attending(network)):
+            raise UsageError(f"Rows of this network's batch depend on each other: {reason}.")
     return networks
+
+
+def _attending(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if hasattr(module, "processor")]
+
+
+def _depends(network: nn.Module, attending: list[nn.Module]) -> str | None:
+    """Why rows cannot be evaluated apart, or None. Pipelines set processors and caches in the middle of a call, too."""
+    if getattr(network, "is_cache_enabled", False):
+        return "a cache is enabled; disable_cache() ends that"
+    for module in attending:
+        cls = type(module.processor)
+        if not cls.__module__.startswith("diffusers.models.") or "PAG" in cls.__name__:
+            return f"{cls.__name__} may attend from one to the other"
+    return None
+
+
+def _indexed(device: torch.device) -> tuple[str, int]:
+    return device.type, (device.index or 0) if device.type == "cuda" else 0

@@ -33,16 +33,16 @@ def _drawing(report) -> torch.Tensor:
     for panel, title in enumerate(("ms per image", "MiB at the peak")):
         left = _MARGIN + _LABEL + panel * (_PANEL + _GAP)
         pen.text((left, _MARGIN + _ROW), title, fill="#555", font=small)
-        values = [value for _, levels, _ in rows if levels[panel] is not None for value in levels[panel]]
+        values = [value for _, levels, *_ in rows if levels[panel] is not None for value in levels[panel]]
         longest = max(values, default=0.0)
-        for index, (name, levels, used) in enumerate(rows):
+        for index, (name, levels, used, why) in enumerate(rows):
             top = _MARGIN + _ROW * (index + 2)
             if not panel:
                 pen.text((_MARGIN, top + 5), name, fill="black" if used else "#888", font=font)
             if levels[panel] is None or not longest:
                 pen.text(
                     (left, top + 6),
-                    "not measured" if levels[0] is not None else "not applicable",
+                    "not measured" if levels[0] is not None else why,
                     fill="#999",
                     font=small,
                 )
@@ -61,16 +61,16 @@ def _bar(pen, font, left: float, top: float, scale: float, levels: tuple[float, 
     pen.text((high + 6, top + 7), f"{levels[1]:.4g}", fill="black" if used else "#888", font=font)
 
 
-def _rows(report) -> list[tuple[str, list, bool]]:
-    """Name, (before, after) in ms and MiB or None, and whether it is used, row by row.
+def _rows(report) -> list[tuple[str, list, bool, str]]:
+    """Name, (before, after) in ms and MiB or None, whether it is used, and why there is nothing to show, row by row.
 
     Each trial was measured against its own neighbour; its ratio is applied to the level that the rows above it end at.
     """
     level = [1000 * report.first.seconds, _mib(report.first.bytes)]
-    rows = [("as it came", [value and (value, value) for value in level], True)]
+    rows = [("as it came", [value and (value, value) for value in level], True, "")]
     for trial in report.trials:
         if trial.used is None:
-            rows.append((trial.name, [None, None], False))
+            rows.append((trial.name, [None, None], False, trial.outcome))
             continue
         kept, levels = trial.outcome == "kept", []
         ratios = [trial.used.seconds / trial.without.seconds, _quotient(trial.used.bytes, trial.without.bytes)]
@@ -78,10 +78,10 @@ def _rows(report) -> list[tuple[str, list, bool]]:
             after = level[panel] and ratio and level[panel] * ratio
             levels.append(after and (level[panel], after))
             level[panel] = (after or level[panel]) if kept else level[panel]
-        rows.append((trial.name, levels, kept))
+        rows.append((trial.name, levels, kept, ""))
     if report.last is not None:
         end = [1000 * report.last.seconds, _mib(report.last.bytes)]
-        rows.append(("together", [value and (value, value) for value in end], True))
+        rows.append(("together", [value and (value, value) for value in end], True, ""))
     return rows
 
 

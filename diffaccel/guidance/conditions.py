@@ -11,7 +11,8 @@ import torch
 
 from ..core.errors import GuidanceError, UsageError
 from ..core.standins import stand_in
-from .batches import SAMPLE, half, rows_of
+from ..models.batches import SAMPLE
+from .batches import half, rows_of
 
 # Arguments of networks that belong to the evaluation, not to the condition.
 _OF_THE_EVALUATION = (*SAMPLE, "timestep", "t", "return_dict")

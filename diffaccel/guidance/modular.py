@@ -15,11 +15,11 @@ from diffusers.modular_pipelines.modular_pipeline import BlockState
 
 from ..core.errors import GuidanceError, UsageError
 from ..core.standins import stand_in
+from ..models.batches import SAMPLE
 from ..models.networks import NETWORKS
 from . import functional
 from .attach import Guidance
 from .base import COND, UNCOND, Rule
-from .batches import SAMPLE
 from .conditions import capture
 from .context import Context
 from .levels import level_of, target_of

@@ -12,8 +12,9 @@ import torch
 
 from ..core.errors import GuidanceError
 from ..core.standins import retire, stand_in
+from ..models.batches import doubled, tensor_of
 from ..models.networks import NETWORKS
-from .batches import doubled, half, rows_of, samples_of, tensor_of
+from .batches import half, rows_of, samples_of
 from .conditions import Condition, capture
 from .context import Context
 from .layouts import KNOWN, NAMES, Branches, agree, cond_only, recognise, repeated, shaped

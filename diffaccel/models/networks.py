@@ -1,5 +1,6 @@
 """Where pipelines keep the networks that predict."""
 
+import torch
 from torch import nn
 
 from ..core.errors import UsageError
@@ -29,3 +30,13 @@ def networks_of(target) -> dict[str, nn.Module]:
 def eager(network: nn.Module) -> nn.Module:
     """The network inside its compiled form, or itself."""
     return getattr(network, "_orig_mod", network)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network computes, which for an offloaded one is not where its weights are."""
+    network = eager(network)
+    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    device = next(network.parameters(), torch.empty(0)).device if device is None else torch.device(device)
+    if device.type == "meta":  # offloaded layer by layer
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device

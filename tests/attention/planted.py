@@ -46,7 +46,7 @@ def clocks(monkeypatch, **seconds: float) -> None:
     def told(contenders, device, rounds=0, limit=0.0):
         for run in contenders.values():
             run()
-        return {name: seconds.get(name, 1.0) for name in contenders}
+        return {name: [seconds.get(name, 1.0)] * 3 for name in contenders}
 
     monkeypatch.setattr(measure, "alternate", told)
     monkeypatch.setattr(install, "alternate", told)

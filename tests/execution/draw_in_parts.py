@@ -26,10 +26,13 @@ def main() -> None:
     with diffaccel.parallel_cfg(CASE.build()):
         rank = torch.distributed.get_rank()
         torch.save(drawn(), folder / f"{rank}.pt")
-        try:
-            CASE.call(CASE.build(), 2, seed=rank, **CASE.guided(3.0))
-        except NumericalError as error:
-            (folder / f"{rank}.txt").write_text(str(error))
+        others = {"noise": {"seed": rank}, "text": {"prompt_embeds": torch.full((1, 5, 16), float(rank))}}
+        others["size"] = {"height": 8 + 8 * rank}
+        for name, arguments in others.items():
+            try:
+                CASE.call(CASE.build(), 2, **CASE.guided(3.0), **arguments)
+            except NumericalError as error:
+                (folder / f"{rank}-{name}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`optimize`: planted accelerations, what is kept, what comes back, and the report."""
 
+import copy
 import json
 import time
 
@@ -14,9 +15,9 @@ from diffaccel.core.errors import UsageError
 from diffaccel.execution import accelerations
 from diffaccel.execution import optimize as module
 from diffaccel.execution.accelerations import BIT_EQUAL, ROUNDING, Acceleration, Switch
-from diffaccel.execution.optimize import Comparison, difference_of, optimize, verdict
+from diffaccel.execution.optimize import Comparison, optimize, verdict
 from diffaccel.execution.report import Cost
-from diffaccel.execution.runs import images_of, standard_run
+from diffaccel.execution.runs import default_steps, difference_of, images_of, standard_run
 
 QUICK = {"steps": 2, "rounds": 4, "seconds": 1.0}
 WAIT = 0.03  # seconds that the planted pipeline wastes in each evaluation
@@ -85,7 +86,7 @@ def test_each_is_measured_on_top_of_those_kept(pipe, monkeypatch):
     assert pipe.unet.waste == WAIT
 
 
-def test_a_failure_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
+def test_what_fails_is_listed_and_off(pipe, monkeypatch):
     planted(monkeypatch, ("fast", {"waste": 0.0}))
 
     def broken(pipe, options):
@@ -96,9 +97,25 @@ def test_a_failure_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
         return Switch(on, lambda: setattr(pipe.unet, "shift", 0.0))
 
     module.ACCELERATIONS["broken"] = Acceleration("broken", "", ROUNDING, broken)
-    with pytest.raises(RuntimeError, match="out of order"):
-        optimize(pipe, **QUICK)
-    assert pipe.unet.waste == WAIT and pipe.unet.shift == 0.0
+    for measure in (True, False):
+        report = optimize(pipe, **QUICK, measure=measure)
+        assert report.kept == ["fast"] and report.trials[1].outcome == "failed"
+        assert report.trials[1].reason == "RuntimeError: out of order"
+        assert pipe.unet.waste == 0.0 and pipe.unet.shift == 0.0
+        report.undo()
+        assert pipe.unet.waste == WAIT
+
+
+def test_an_interruption_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
+    planted(monkeypatch, ("fast", {"waste": 0.0}), ("stop", {"shift": 0.0}))
+
+    def tell(what):
+        if what == "stop":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimize(pipe, **QUICK, progress=tell)
+    assert pipe.unet.waste == WAIT
 
 
 def test_verdicts():
@@ -119,7 +136,7 @@ def test_verdicts():
 
 
 @pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")  # stock schedulers under numpy 2
-def test_the_real_ones_apply_and_leave_no_trace():
+def test_the_real_ones_apply_and_leave_no_trace(tmp_path):
     pipe = diffaccel.load_pipeline("tiny-sd")
     pipe.set_progress_bar_config(disable=True)
     run = standard_run(pipe, 2)
@@ -131,6 +148,8 @@ def test_the_real_ones_apply_and_leave_no_trace():
     assert strides != [weight.stride() for weight in pipe.unet.parameters()]
     assert torch.allclose(run(), before, atol=1e-3) and report.first is None
     assert "together" not in report.explain()
+    report.save(tmp_path)
+    assert not (tmp_path / "waterfall.png").exists()
     report.undo()
     assert [type(part) for part in pipe.unet.modules()] == classes and torch.equal(run(), before)
     assert strides == [weight.stride() for weight in pipe.unet.parameters()]
@@ -199,7 +218,26 @@ def test_pipelines_that_need_more_say_so():
         optimize(pipe.unet)
 
 
+def test_steps_are_the_pipelines_own():
+    assert default_steps(PIPELINES["sd"].build()) == 50 and default_steps(PIPELINES["flux"].build()) == 28
+    assert default_steps(diffaccel.load_pipeline("digits")) == 50
+
+
+def test_convolutions_of_video_keep_their_layout():
+    pipe = copy.deepcopy(PIPELINES["svd"].build())
+    before = [weight.stride() for weight in pipe.unet.parameters()]
+    switch = accelerations.ACCELERATIONS["channels-last"].make(pipe, {})
+    switch.on()
+    assert before != [weight.stride() for weight in pipe.unet.parameters()]
+    switch.off()
+    assert before == [weight.stride() for weight in pipe.unet.parameters()]
+
+
 def test_images_of_what_runs_return():
+    levels = [np.full((2, 4, 4, 3), value, np.uint8) for value in (7, 8)]
+    assert difference_of(*map(images_of, levels)) == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(UsageError, match="as many images"):
+        difference_of(images_of(levels[0]), images_of(levels[1][:1]))
     grey = Image.fromarray(np.full((4, 4, 3), 255, np.uint8))
     stack = torch.zeros(2, 3, 4, 4)
     assert len(images_of({"images": [grey, grey]})) == 2 and images_of([grey])[0].max() == 1.0

@@ -14,9 +14,10 @@ from torch import nn
 
 import diffaccel
 from diffaccel.core.errors import UsageError
-from diffaccel.execution.rows import divide, join
+from diffaccel.execution.rows import divide
+from diffaccel.models.batches import joined
 
-BATCHED = ("sd", "sdxl", "pixart", "dit", "sd3", "ltx", "cogvideox", "classes")  # guidance as one batch
+BATCHED = ("sd", "sdxl", "pixart", "dit", "sd3", "ltx", "cogvideox", "animatediff", "classes")  # guidance as one batch
 
 
 @pytest.mark.parametrize("family", BATCHED)
@@ -43,10 +44,9 @@ def _rows(args, kwargs) -> int:
     return len((args or [kwargs.get("sample", kwargs.get("hidden_states"))])[0])
 
 
-@pytest.mark.parametrize("family", ["flux", "animatediff"])
-def test_what_cannot_be_parted_runs_as_it_comes(family):
-    """Flux: guidance is an input, so there is one row. AnimateDiff: the text has a row for every frame."""
-    case = PIPELINES[family]
+def test_what_cannot_be_parted_runs_as_it_comes():
+    """Flux takes guidance as an input, so there is one row."""
+    case = PIPELINES["flux"]
     pipe = case.build()
     before = case.call(pipe, 2, **case.guided(3.0))
     with diffaccel.sequential_cfg(pipe) as parted:
@@ -67,6 +67,10 @@ def test_parts_of_arguments():
         assert kwargs["added"]["sizes"][1] is None and kwargs["img_ids"] is ids and kwargs["flag"] is True
     assert divide((sample,), {}, 3) is None  # no even parts
     assert divide((sample,), {"frames": torch.zeros(8, 1)}, 2) is None  # not known what belongs to which row
+    assert divide((sample,), {"sizes": [1, 2, 3, 4]}, 2) is None
+    assert divide((sample,), {"kv_cache": object()}, 2) is None
+    assert divide((), {"input_ids": sample}, 2) is None  # not known what the samples are
+    assert [len(part) for (part,), _ in divide(([sample[0], sample[1]],), {}, 2)] == [1, 1]  # a tensor a sample
     assert len(divide((sample,), {"shared": torch.zeros(1, 9)}, 2)[1][1]["shared"]) == 1
 
 
@@ -74,9 +78,11 @@ def test_joined_outputs():
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
     whole = torch.randn(4, 3)
-    joined = join([UNet2DConditionOutput(sample=part) for part in whole.chunk(2)])
-    assert isinstance(joined, UNet2DConditionOutput) and torch.equal(joined.sample, whole)
-    assert torch.equal(join([(part,) for part in whole.chunk(4)])[0], whole)
+    output = joined([UNet2DConditionOutput(sample=part) for part in whole.chunk(2)])
+    assert isinstance(output, UNet2DConditionOutput) and torch.equal(output.sample, whole)
+    assert torch.equal(joined([(part,) for part in whole.chunk(4)])[0], whole)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        joined([object(), object()])
 
 
 def test_gradients_pass_through_parts():
@@ -124,6 +130,68 @@ def test_bad_input(call, message):
     assert type(pipe.unet).__call__ is nn.Module.__call__
 
 
+def test_rows_that_depend_on_each_other_are_not_parted():
+    pipe = copy.deepcopy(PIPELINES["sd"].build())
+    from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
+
+    attention = next(module for module in pipe.unet.modules() if hasattr(module, "processor"))
+    stock = attention.processor
+    with diffaccel.sequential_cfg(pipe) as parted:  # pipelines set such processors in the middle of a call
+        attention.processor = PAGCFGIdentitySelfAttnProcessor2_0()
+        pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=torch.zeros(2, 5, 16))
+        attention.processor = stock
+    assert (parted.parted, parted.whole) == (0, 1)
+    attention.processor = PAGCFGIdentitySelfAttnProcessor2_0()
+    with pytest.raises(UsageError, match="depend on each other: PAGCFG"):
+        diffaccel.sequential_cfg(pipe)
+    pipe = copy.deepcopy(PIPELINES["cogvideox"].build())
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UsageError, match="a cache is enabled"):
+        diffaccel.sequential_cfg(pipe)
+
+
+def test_compiled_networks():
+    pipe = copy.copy(PIPELINES["sd"].build())
+    pipe.unet = torch.compile(copy.deepcopy(pipe.unet), backend="eager")
+    with pytest.raises(UsageError, match=r"network.compile\(\)"):
+        diffaccel.sequential_cfg(pipe)
+
+
+def test_graphs_are_found_again():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    network, graphs = copy.deepcopy(PIPELINES["dit"].build().transformer), CompileCounter()
+    call = {"timestep": torch.tensor([3, 3]), "class_labels": torch.tensor([0, 1])}
+    network.compile(backend=graphs)
+    parted = diffaccel.sequential_cfg(network)
+    with torch.no_grad():
+        for _ in range(2):
+            network(torch.zeros(2, 4, 8, 8), **call)
+        seen = graphs.frame_count
+        for _ in range(4):
+            parted.undo()
+            parted.redo()
+            network(torch.zeros(2, 4, 8, 8), **call)
+    parted.undo()
+    assert graphs.frame_count == seen > 0
+
+
+def test_undone_out_of_order():
+    case = PIPELINES["sd"]
+    pipe = copy.deepcopy(case.build())
+    cls = type(pipe.unet)
+    parted = diffaccel.sequential_cfg(pipe)
+    ours = type(pipe.unet)
+    pipe.unet.__class__ = type(cls.__name__, (ours,), {})  # somebody else's, on top
+    parted.undo()
+    pipe.unet.__class__ = ours  # who ends, and gives back what there was
+    case.call(pipe, 1, **case.guided(3.0))
+    assert parted.parted == parted.whole == 0
+
+
 def test_a_network_is_parted_once():
     pipe = PIPELINES["sd"].build()
     with diffaccel.sequential_cfg(pipe), pytest.raises(UsageError, match="parted already"):
@@ -145,4 +213,5 @@ def test_two_processes_equal_one_in_every_bit(tmp_path):
     for name, images in alone.items():
         assert torch.equal(first[name], images) and torch.equal(second[name], images)
     for rank in range(2):
-        assert "different numbers" in (tmp_path / f"{rank}.txt").read_text()
+        for what in ("noise", "text", "size"):
+            assert "different arguments" in (tmp_path / f"{rank}-{what}.txt").read_text()
