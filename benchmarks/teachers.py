@@ -36,6 +36,10 @@ from diffaccel.models.teachers import load_pipeline
 from diffaccel.samplers.registry import get_sampler
 
 LONG, GUIDED, STEPS = 50, 20, (5, 8, 10, 20)
+SHOWN = (
+    "red apple", "grinning face", "cat face", "rocket", "sunflower", "pizza", "panda face", "blue heart", "fox face", "house",
+    "umbrella", "angry face",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,12 @@ class Bench:
         return torch.cat(images), batches.prompts or torch.cat(labels)
 
     def schedulers(self) -> dict:
-        """Makers by label: diffusers' customary ones on their customary grids, then our default."""
+        """Makers by label: diffusers' customary ones on their customary grids, then our default, told the guidance scale."""
+        scale = self.case.scales[0]
+        told = {} if scale == 1 else {"guidance_scale": scale}
         config = self.pipeline.scheduler.config
         flow = isinstance(self.pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-        ours = {"ours: flow-adams": partial(get_sampler("flow-adams").build, config)}
+        ours = {"ours: flow-adams": partial(get_sampler("flow-adams").build, config, **told)}
         if flow:
             more = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
             return {
@@ -198,6 +204,10 @@ def plot(name: str, found: dict, folder: Path) -> None:
     left.axhline(found["floor"], color="grey", linestyle=":", label="real images")
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"FD-{found['features']}", title=name)
     left.set_xticks(steps, [str(step) for step in steps])
+    marks = [
+        mark for mark in (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15) if left.get_ylim()[0] <= mark <= left.get_ylim()[1]
+    ]
+    left.set_yticks(marks, [f"{mark:g}" for mark in marks])
     left.minorticks_off()
     left.legend(fontsize=8)
     scales = [row[0] for row in found["guidance"]]
@@ -215,6 +225,26 @@ def plot(name: str, found: dict, folder: Path) -> None:
     figure.savefig(folder / f"teacher-{name}.png", dpi=100)
 
 
+def picture_of_prompts(name: str, folder: Path) -> None:
+    """Prompts at guidance scales from the same noise, and away from a negative prompt."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    cases = [(f"scale {scale:g}", scale, None) for scale in (1.0, 3.0, 7.5)] + [("3, not “face”", 3.0, "face")]
+    size, left, top, font = 96, 110, 22, ImageFont.load_default(size=12)
+    sheet = Image.new("RGB", (left + len(SHOWN) * (size + 4), top + len(cases) * (size + 4)), "white")
+    pen, pipeline = ImageDraw.Draw(sheet), load_pipeline(name)
+    for column, prompt in enumerate(SHOWN):
+        pen.text((left + column * (size + 4) + 4, 4), prompt, fill="black", font=font)
+    for row, (label, scale, negative) in enumerate(cases):
+        pen.text((6, top + row * (size + 4) + size // 2), label, fill="black", font=font)
+        settings = {"prompts": SHOWN, "negative_prompt": negative, "guidance_scale": scale, "steps": GUIDED}
+        for column, image in enumerate(next(generate(pipeline, len(SHOWN), **settings))[0]):
+            tile = Image.fromarray(np.array(image.permute(1, 2, 0))).resize((size, size), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left + column * (size + 4), top + row * (size + 4)))
+    sheet.save(folder / f"{name}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; default all")
@@ -229,6 +259,8 @@ def main() -> None:
         found[name] = measure(name, arguments.ship, not arguments.brief)
         if arguments.plots and not arguments.brief:
             plot(name, found[name], arguments.plots)
+            if own_prompts(name) is not None:
+                picture_of_prompts(name, arguments.plots)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
