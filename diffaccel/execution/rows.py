@@ -4,18 +4,18 @@ Pipelines with classifier-free guidance give their network a batch of both branc
 other, the network is given parts of the batch, and nothing else of the pipeline changes. Several images are parted likewise.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-from ..core.errors import NumericalError, UsageError
+from ..core.errors import UsageError
 from ..core.processes import Processes
 from ..core.standins import Overlay
 from ..models.batches import WITHOUT_BATCH, find_samples, has_rows, is_list_of_samples, joined, part
 from ..models.networks import device_of, eager, networks_of
+from .exchange import Exchange
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _Call = Callable[[Callable, tuple, dict], object]
@@ -125,18 +125,14 @@ def parallel_cfg(pipe_or_network) -> Parted:
             f"The networks are on {' and '.join(devices)}, but this process computes on {processes.device}: "
             f'move the pipeline there, pipe.to("{processes.device}").'
         )
-    agreed: set = set()
+    exchange = Exchange(processes)
 
     def call(evaluate, args, kwargs):
         divided = None if torch.is_grad_enabled() else divide(args, kwargs, processes.world)
         if divided is None:
             return None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        form = str([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
-        if form not in agreed:  # before anything of another size is exchanged
-            _check_equal(processes.gather_json(hashlib.sha256(form.encode()).hexdigest()))
-            agreed.add(form)
-        return joined(_gather(evaluate(divided[processes.rank]), tensors, processes))
+        return joined(exchange.gather(evaluate(divided[processes.rank]), tensors))
 
     return Parted(networks, call)
 
@@ -167,45 +163,6 @@ def _understood(value, rows: int, name: str) -> bool:
         numbers = len(value) == rows and any(isinstance(item, (bool, int, float, str)) for item in value)
         return not numbers and all(_understood(item, rows, name) for item in value)
     return isinstance(value, torch.Tensor) and (value.ndim == 0 or len(value) == 1 or has_rows(value, rows, name))
-
-
-def _gather(mine, given: list[torch.Tensor], processes: Processes) -> list:
-    """What all processes returned, in order of rank, by one exchange that also tells whether all were given the same."""
-    leaves, form = tree_flatten(mine)
-    tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    packed = [_bytes_of(tensor) for tensor in tensors] + [_bytes_of(_fingerprint(given))]
-    lengths = [len(one) for one in packed]
-    found = [one.to(packed[0].device).split(lengths) for one in processes.gather(torch.cat(packed))]
-    _check_equal([one[-1].tolist() for one in found])
-    outputs = []
-    for theirs in found:
-        values = iter([one.clone().view(old.dtype).view(old.shape) for one, old in zip(theirs, tensors, strict=False)])
-        leaves_of_theirs = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        outputs.append(tree_unflatten(leaves_of_theirs, form))
-    return outputs
-
-
-def _check_equal(found: list) -> None:
-    if any(one != found[0] for one in found):
-        raise NumericalError(
-            "The processes call the network with different arguments: give every one of them the same prompts, sizes and "
-            "generator=torch.Generator().manual_seed(0)."
-        )
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _fingerprint(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Exact sums over the bytes of tensors, one of them weighted by place."""
-    device, total = tensors[0].device, None
-    for index, tensor in enumerate(tensors, 1):
-        numbers = _bytes_of(tensor.detach().contiguous()).to(device, torch.int64)
-        places = torch.arange(len(numbers), device=device) % 251 + index
-        sums = torch.stack([numbers.sum() * index, (numbers * places).sum()])
-        total = sums if total is None else total + sums
-    return total
 
 
 def _partable(pipe_or_network) -> dict[str, nn.Module]:

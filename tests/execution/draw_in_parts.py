@@ -26,8 +26,11 @@ def main() -> None:
     with diffaccel.parallel_cfg(CASE.build()):
         rank = torch.distributed.get_rank()
         torch.save(drawn(), folder / f"{rank}.pt")
-        others = {"noise": {"seed": rank}, "text": {"prompt_embeds": torch.full((1, 5, 16), float(rank))}}
-        others["size"] = {"height": 8 + 8 * rank}
+        others = {
+            "noise": {"seed": rank},
+            "text": {"prompt": f"a cat of process {rank}"},
+            "size": {"height": 8 + 8 * rank},
+        }
         for name, arguments in others.items():
             try:
                 CASE.call(CASE.build(), 2, **CASE.guided(3.0), **arguments)

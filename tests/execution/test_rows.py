@@ -138,16 +138,17 @@ def test_rows_that_depend_on_each_other_are_not_parted():
     stock = attention.processor
     with diffaccel.sequential_cfg(pipe) as parted:  # pipelines set such processors in the middle of a call
         attention.processor = PAGCFGIdentitySelfAttnProcessor2_0()
-        pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=torch.zeros(2, 5, 16))
+        pipe.unet(torch.zeros(6, 4, 8, 8), 1, encoder_hidden_states=torch.zeros(6, 5, 16))
         attention.processor = stock
     assert (parted.parted, parted.whole) == (0, 1)
     attention.processor = PAGCFGIdentitySelfAttnProcessor2_0()
     with pytest.raises(UsageError, match="depend on each other: PAGCFG"):
         diffaccel.sequential_cfg(pipe)
     pipe = copy.deepcopy(PIPELINES["cogvideox"].build())
-    from diffusers import FirstBlockCacheConfig
+    from diffusers import PyramidAttentionBroadcastConfig
 
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    every = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    pipe.transformer.enable_cache(every)
     with pytest.raises(UsageError, match="a cache is enabled"):
         diffaccel.sequential_cfg(pipe)
 
