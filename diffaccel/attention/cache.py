@@ -17,6 +17,7 @@ from .measure import Measurement
 
 _PACKAGES = ("diffaccel", "torch", "diffusers", "triton", "xformers", "flash-attn", "sageattention")
 _SCHEMA = 1
+_OUT_OF_MEMORY = torch.OutOfMemoryError.__name__
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -57,7 +58,9 @@ class Cache:
         return found if all(_sound(one) for one in found) else None
 
     def put(self, use: Use, measured: list[Measurement]) -> None:
-        """Keep measurements, in place of earlier ones of this signature."""
+        """Keep measurements, in place of earlier ones of this signature, but none of a moment when memory was short."""
+        if any(_OUT_OF_MEMORY in (one.excluded or "") for one in measured):
+            return
         entry = {one.backend: {k: v for k, v in asdict(one).items() if k != "backend"} for one in measured}
         record = {
             "schema": _SCHEMA,

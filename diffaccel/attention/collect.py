@@ -56,30 +56,27 @@ class Collection:
     left_alone: list[tuple[str, str]]
 
 
-def capture_calls(network: nn.Module, run: Callable[[], object]) -> list[tuple[tuple, dict]]:
-    """The arguments with which ``run`` calls a network, one call for each shape of its tensors.
+def capture_calls(networks: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, list[tuple[tuple, dict]]]:
+    """The arguments with which ``run`` calls networks, one call for each shape of their tensors; none where it calls one not.
 
     Raises:
-        UsageError: it does not call it.
+        UsageError: it calls none of them.
     """
-    calls: dict = {}
+    calls: dict[str, dict] = {name: {} for name in networks}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, network in networks.items():
 
-    def hook(module, args, kwargs):
-        shape = tuple(_shapes([*args, *(kwargs[name] for name in sorted(kwargs))]))
-        if len(calls) < _CALLS:
-            calls.setdefault(shape, (args, dict(kwargs)))
+            def hook(module, args, kwargs, known=calls[name]):
+                shape = tuple(_shapes([*args, *(kwargs[key] for key in sorted(kwargs))]))
+                if len(known) < _CALLS:
+                    known.setdefault(shape, (args, dict(kwargs)))
 
-    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        handle.remove()
-    if not calls:
-        raise UsageError(
-            f"run must call this {type(eager(network)).__name__}, such as lambda: pipe('a cat', num_inference_steps=1)."
-        )
-    return list(calls.values())
+            hooks.callback(network.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
+    if not any(calls.values()):
+        kinds = " or ".join(type(eager(network)).__name__ for network in networks.values())
+        raise UsageError(f"run must call this {kinds}, such as lambda: pipe('a cat', num_inference_steps=1).")
+    return {name: list(known.values()) for name, known in calls.items()}
 
 
 def collect(network: nn.Module, calls: list[tuple[tuple, dict]]) -> Collection:

@@ -6,6 +6,7 @@ from torch import nn
 from ..core.errors import UsageError
 
 _TEXT = {"SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 300, "FluxTransformer2DModel": 512}
+_ALPHA = 120  # tokens of PixArt-α at 1024 × 1024; PixArt-Σ has 300
 _CLIP = 77  # tokens of prompts of U-Nets
 
 
@@ -39,6 +40,15 @@ def example_call(network: nn.Module, images: int = 1) -> dict[str, torch.Tensor]
     return _MAKERS[kind](network.config, normal, whole, images)
 
 
+def has_example(network: nn.Module) -> bool:
+    """Whether `example_call` knows how a network is called."""
+    try:
+        example_call(network)
+    except UsageError:
+        return False
+    return True
+
+
 def _unet(config, normal, whole, images: int) -> dict:
     height, width = _pair(config.sample_size or 64)
     classes = {"class_labels": whole(images)} if getattr(config, "num_class_embeds", None) else {}
@@ -68,7 +78,8 @@ def _dit(config, normal, whole, images: int) -> dict:
 
 
 def _pixart(config, normal, whole, images: int) -> dict:
-    size, rows, length = config.sample_size, 2 * images, _TEXT["PixArtTransformer2DModel"]
+    size, rows = config.sample_size, 2 * images
+    length = _ALPHA if config.use_additional_conditions else _TEXT["PixArtTransformer2DModel"]
     mask = torch.ones(rows, length, device=whole(1).device)
     mask[images:, 20:] = 0  # a prompt of ordinary length
     resolution = {"resolution": normal(rows, 2), "aspect_ratio": normal(rows, 1)} if size == 128 else {}

@@ -26,6 +26,7 @@ def optimize_attention(
     backends: Sequence[str | Backend] | None = None,
     approximate: bool = False,
     cache: bool = True,
+    fresh: bool = False,
     confirm: bool = True,
     rounds: int = 20,
     seconds: float = 2.0,
@@ -49,6 +50,7 @@ def optimize_attention(
         backends: names in `BACKENDS` or `Backend` records of your own; None for all that are usable.
         approximate: whether backends with reduced precision may be chosen; those named need it too.
         cache: whether measurements are kept under ``$XDG_CACHE_HOME/diffaccel/attention`` and reused.
+        fresh: whether to measure again what was measured by an earlier process.
         confirm: whether the network as a whole must be faster.
         rounds: how often each backend is timed, at least 3.
         seconds: after which a signature is timed no more.
@@ -65,27 +67,33 @@ def optimize_attention(
     devices = {name: device_of(network) for name, network in networks.items()}
     offered = {device: candidates(backends, approximate, device) for device in devices.values()}
     reports: list[NetworkReport] = []
-    with ExitStack() as on_error:
+    cuda = {device for device in devices.values() if device.type == "cuda"}
+    with ExitStack() as on_error, torch.random.fork_rng(sorted(cuda, key=str)):
         on_error.callback(lambda: AttentionReport(tuple(reports), ()).undo())
+        if run is None:
+            calls = {name: [((), example_call(eager(network)))] for name, network in networks.items()}
+        else:
+            calls = capture_calls(networks, run)
         for name, network in networks.items():
+            if not calls[name]:
+                reports.append(NetworkReport(name, (), ((name, "run does not call it"),), None, False))
+                continue
             contenders, _ = offered[devices[name]]
-            with torch.random.fork_rng([devices[name]] if devices[name].type == "cuda" else []):
-                calls = capture_calls(network, run) if run is not None else [((), example_call(eager(network)))]
-                collection = collect(network, calls)
-                store = Cache(devices[name]) if cache and _registered(contenders) else None
-                choices = [
-                    _choice(use, contenders, store, memory_cap, rounds, seconds) for use in collection.uses.values()
-                ]
-                reports.append(_installed(name, collection, choices, contenders, confirm))
+            collection = collect(network, calls[name])
+            store = Cache(devices[name]) if cache and _registered(contenders) else None
+            choices = [
+                _choice(use, contenders, store, fresh, memory_cap, rounds, seconds) for use in collection.uses.values()
+            ]
+            reports.append(_installed(name, collection, choices, contenders, confirm))
         on_error.pop_all()
     not_tried = dict(pair for _, left in offered.values() for pair in left)
     return AttentionReport(tuple(reports), tuple(not_tried.items()))
 
 
 def _choice(
-    use: Use, contenders: list[Backend], store: Cache | None, cap: int | None, rounds: int, seconds: float
+    use: Use, contenders: list[Backend], store: Cache | None, fresh: bool, cap: int | None, rounds: int, seconds: float
 ) -> Choice:
-    known = store.get(use, [backend.name for backend in contenders]) if store else None
+    known = store.get(use, [backend.name for backend in contenders]) if store and not fresh else None
     measured = known or measure(use, contenders, rounds, seconds)
     if store and not known:
         store.put(use, measured)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened
+from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened, resolved
 
 app = typer.Typer(name="bench", help="What is fastest here.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -50,11 +50,20 @@ def attention(
         from ..core.files import check_target
 
         check_target(output)
-    pipe = opened(model, dtype, device)
+    resolved(model, dtype)
+    from ..attention.backends import candidates
+    from ..attention.examples import has_example
     from ..attention.optimize import optimize_attention
     from ..core.files import write_atomic
+    from ..core.processes import usable_device
+    from ..execution.runs import standard_run
+    from ..models.networks import eager, networks_of
 
-    settings = {"backends": asked, "memory_cap": cap, "approximate": approximate, "cache": not fresh}
+    candidates(asked, approximate, usable_device(device or "auto"))
+    pipe = opened(model, dtype, device)
+    networks = list(map(eager, networks_of(pipe).values()))
+    run = None if all(map(has_example, networks)) else standard_run(pipe, len(networks))
+    settings = {"backends": asked, "memory_cap": cap, "approximate": approximate, "fresh": fresh, "run": run}
     report = optimize_attention(pipe, **settings, rounds=rounds, seconds=seconds)
     text = json.dumps(report.to_dict(), indent=2)
     if output is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import make_folder, note, run_folder
-from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened
+from .pipelines import Approximate, Device, Dtype, Model, bytes_of, names_of, opened, resolved
 from .sample import check_output
 
 
@@ -33,7 +33,7 @@ def optimize(
     approximate: Approximate = False,
     rounds: Annotated[
         int, typer.Option(min=3, help="Each is timed so many times, in turn with what it competes with.")
-    ] = 5,
+    ] = 7,
     seconds: Annotated[float, typer.Option(help="After which it is timed no more.")] = 60.0,
     dtype: Dtype = None,
     device: Device = None,
@@ -53,9 +53,13 @@ def optimize(
     wanted, left_out, cap = names_of(only), names_of(skip), bytes_of(memory_cap)
     folder = output or run_folder("optimize", model)
     check_output(folder)
-    pipe = opened(model, dtype, device)
+    resolved(model, dtype)
     from ..execution.accelerations import ACCELERATIONS
     from ..execution.optimize import optimize as run
+    from ..execution.optimize import wanted_of
+
+    wanted_of(wanted, left_out)
+    pipe = opened(model, dtype, device)
 
     def tell(what: str):
         note(f"{what}: {ACCELERATIONS[what].summary} …" if what in ACCELERATIONS else f"{what} …")

@@ -42,20 +42,29 @@ def bytes_of(text: str | None) -> int | None:
     return size
 
 
+def resolved(model: str, dtype: str | None) -> None:
+    """Refuse what `opened` would, as far as that is known before torch and diffusers are imported, which takes seconds.
+
+    Raises:
+        UsageError, DataError: an unknown precision; see `teachers.resolve_teacher`.
+    """
+    from ..models.teachers import resolve_teacher
+
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(_DTYPES)}; got {dtype!r}.")
+    resolve_teacher(model)
+
+
 def opened(model: str, dtype: str | None, device: str | None):
     """The pipeline of a name or folder, on its device and in its precision.
 
     Raises:
-        UsageError, DataError, MissingWeightsError: see `teachers.load_pipeline`; an unknown precision or device.
+        UsageError, DataError, MissingWeightsError: see `teachers.load_pipeline`; an unknown device.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(_DTYPES)}; got {dtype!r}.")
-    from ..models.teachers import load_pipeline, resolve_teacher
-
-    resolve_teacher(model)  # here, because torch and diffusers take seconds to import
     import torch
 
     from ..core.processes import usable_device
+    from ..models.teachers import load_pipeline
 
     where = usable_device(device or "auto")
     pipe = load_pipeline(model)

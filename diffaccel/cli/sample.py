@@ -158,7 +158,7 @@ def sample(
         drawn_from, steps, scale = _planned(model, plan, device)
         guidance_scale = scale if guidance is None and guidance_scale is None else guidance_scale
     if parallel_cfg:
-        drawn_from, device = _shared(drawn_from, device), None
+        (drawn_from, parted), device = _shared(drawn_from, device), None
     elif rank_and_world()[1] > 1:
         raise UsageError(
             "Several processes share the drawing of guidance pairs only: add --parallel-cfg, or start one process."
@@ -201,6 +201,8 @@ def sample(
         written += len(images)
     if grid is not None:
         save_grid(torch.cat(sheet), grid)
+    if parallel_cfg and not parted.parted:
+        note("No process was spared anything: without guidance, a single image has no pair to share.")
     cost = {"steps": drawn.steps, "nfe": drawn.nfe}
     if output is not None:
         rule = {"guidance": guidance or "cfg", "guidance_scale": drawn.scale, "set": overrides or []}
@@ -246,15 +248,14 @@ def _planned(model: str, path: Path, device: str | None) -> tuple:
 
 
 def _shared(model, device: str | None):
-    """The pipeline on the device of this process, its guidance pairs shared with the others."""
+    """The pipeline on the device of this process with its guidance pairs shared with the others, and what counts them."""
     from ..core.processes import Processes
     from ..execution.rows import parallel_cfg
     from ..models.teachers import load_pipeline
 
     pipe = load_pipeline(model) if isinstance(model, str) else model
     pipe.to(Processes(device or "auto").device)
-    parallel_cfg(pipe)
-    return pipe
+    return pipe, parallel_cfg(pipe)
 
 
 def check_output(folder: Path) -> None:

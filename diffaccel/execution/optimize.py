@@ -74,8 +74,8 @@ def optimize(
         )
     device, tell = device_of(next(iter(networks.values()))), progress or (lambda text: None)
     steps = None if run else steps or default_steps(pipe)
-    # One step shows attention what it shows in many, and is all that applying without measuring takes.
-    shown = run or (lambda: standard_run(pipe, 1)())
+    # A step for each network shows attention what it shows in many, and is all that applying without measuring takes.
+    shown = run or (lambda: standard_run(pipe, len(networks))())
     options = {"approximate": approximate, "run": shown, "confirm": measure}
     trials: list[Trial] = []
     with ExitStack() as switches:  # turned off, the last one first, on any error
@@ -122,7 +122,13 @@ class _Runs:
 
     def __init__(self, run: Callable, device: torch.device, rounds: int, seconds: float):
         self.run, self.device, self.rounds, self.seconds = run, device, rounds, seconds
-        images = images_of(run())
+        try:
+            images = images_of(run())
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                "The pipeline does not fit into memory as it is, so nothing can be compared with it: try smaller images, half "
+                "precision, pipe.enable_model_cpu_offload() or diffaccel.sequential_cfg(pipe)."
+            ) from error
         self.count, self.noise = len(images), difference_of(images, images_of(run()))
         if not self.noise <= CHANGE:
             raise UsageError(

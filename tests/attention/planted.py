@@ -24,7 +24,7 @@ def built(name: str):
 def collected(name: str, dtype: torch.dtype = torch.float32):
     """What is found in a pipeline's network."""
     _, network, run = built(name)
-    calls = capture_calls(network, run)
+    calls = capture_calls({"network": network}, run)["network"]
     network.to(dtype)
     return collect(network, _cast(calls, dtype))
 

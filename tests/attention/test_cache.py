@@ -78,6 +78,21 @@ def test_the_second_time_nothing_is_measured(monkeypatch, tmp_path):
     ]
     assert all(choice.cached for choice in second.networks[0].choices) and "measured before" in second.explain()
     second.undo()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clocks(monkeypatch, math=0.5, chosen=0.5)
+    third = diffaccel.optimize_attention(pipe, run=run, rounds=3, fresh=True)
+    third.undo()
+    assert {choice.backend for choice in third.networks[0].choices} == {"math"}
+    again = diffaccel.optimize_attention(pipe, run=run, rounds=3)
+    again.undo()
+    assert {(choice.backend, choice.cached) for choice in again.networks[0].choices} == {("math", True)}
+
+
+def test_moments_of_little_memory_are_not_kept(use, tmp_path):
+    store = Cache(CPU, tmp_path)
+    store.put(use, [*MEASURED, Measurement("math", excluded="raises OutOfMemoryError: CUDA out of memory")])
+    assert store.get(use, ["default"]) is None
 
 
 def test_backends_that_are_not_registered_are_not_kept(monkeypatch, tmp_path):

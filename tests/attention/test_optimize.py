@@ -120,6 +120,18 @@ def test_every_shape_that_a_run_has_is_measured(monkeypatch):
     assert data["networks"][0]["choices"][0]["measured"][1]["backend"] == "planted"
 
 
+def test_pipelines_with_two_networks(monkeypatch):
+    clocks(monkeypatch, math=0.5, chosen=0.5)
+    pipe, network, run = built("wan")
+    pipe.transformer_2 = copy.deepcopy(network)
+    report = diffaccel.optimize_attention(pipe, run=run, cache=False)
+    first, second = report.networks
+    assert (first.name, first.installed, second.name, second.installed) == ("transformer", True, "transformer_2", False)
+    assert second.left_alone == (("transformer_2", "run does not call it"),)
+    assert "transformer_2: nothing to choose" in report.explain() and "run does not call it" in report.explain()
+    report.undo()
+
+
 def test_the_clock_decides(monkeypatch):
     """With real times: a default that is slow is replaced by the faster of two."""
 
@@ -186,7 +198,9 @@ def test_an_exception_leaves_nothing_behind(where, monkeypatch):
     if where == "run":
         run = fail
     elif where == "second":
-        pipe = type("Two", (), {"unet": network, "transformer": torch.nn.Linear(1, 1)})()
+        other = torch.nn.Linear(1, 1)
+        pipe, draw = type("Two", (), {"unet": network, "transformer": other})(), run
+        run = lambda: (draw(), other(torch.zeros(1, 1)))  # noqa: E731
     else:
         monkeypatch.setattr(
             f"diffaccel.attention.{ {'measure': 'measure', 'confirm': 'install'}[where] }.alternate", fail
@@ -368,7 +382,7 @@ def test_compiled_networks_are_one_graph(family, monkeypatch):
     pipe, network, run = built(family)
     factor = [1.0]
     report = optimise(pipe, run, backends=[planted(kernel=lambda *args: factor[0] * plain(*args))])
-    args, kwargs = capture_calls(network, run)[0]
+    args, kwargs = capture_calls({"network": network}, run)["network"][0]
     torch._dynamo.reset()
     factor[0] = 0.5  # so that results tell which attention was compiled
     with torch.no_grad():
