@@ -1,5 +1,6 @@
 """Honest times: all contenders in turn within one run, after warming up, medians of what each took."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ import torch
 WARM_UP = 3
 _FLUSH = 256 * 2**20  # bytes; more than the last cache of any GPU
 _LONG = 1.0  # seconds of warming up that are enough
-_SHORT = 5e-4  # seconds; shorter calls are timed several at a time on the CPU
+_SHORT = 5e-3  # seconds; shorter calls are timed several at a time on the CPU
 
 
 def alternate(
@@ -36,11 +37,12 @@ def alternate(
     clock = _cuda_clock(device) if device.type == "cuda" else _clock(repeats)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    names = list(contenders)
+    order, names = random.Random(0), list(contenders)
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - start > seconds:
             break
-        for name in names if index % 2 else names[::-1]:  # each follows its neighbour on both sides equally often
+        order.shuffle(names)  # caches and clock rates are what the one before left: nobody follows the same one always
+        for name in names:
             before.get(name, _nothing)()
             taken[name].append(clock(contenders[name]))
     return taken
