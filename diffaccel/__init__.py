@@ -5,6 +5,7 @@ package is also what lets `diffusers.DiffusionPipeline.from_pretrained` open fol
 """
 
 import importlib
+import logging
 
 from ._registration import install as _install
 
@@ -45,7 +46,12 @@ _PUBLIC = {
     "guide": "diffaccel.guidance.attach",
     "load_denoiser": "diffaccel.models.teachers",
     "load_pipeline": "diffaccel.models.teachers",
+    "optimize": "diffaccel.execution.optimize",
+    "optimize_attention": "diffaccel.attention.optimize",
+    "parallel_cfg": "diffaccel.execution.rows",
     "prune_model": "diffaccel.pruning",
+    "reuse_text": "diffaccel.attention.text",
+    "sequential_cfg": "diffaccel.execution.rows",
     "recommended_guidance": "diffaccel.guidance.settings",
     "remove_plan": "diffaccel.search.layers",
     "search_schedule": "diffaccel.solver_search",
@@ -72,3 +78,6 @@ def __dir__():
 
 
 _install()
+if logging.getLogger("xformers").level == logging.NOTSET:
+    # Without CUDA its import warns in five lines, whoever imports a model; `AttentionReport.explain` says what it lacks.
+    logging.getLogger("xformers").setLevel(logging.ERROR)

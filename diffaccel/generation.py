@@ -240,6 +240,7 @@ def _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, bat
     pipeline.scheduler = scheduler
     try:
         with nullcontext(progress) if isinstance(progress, tqdm) else progress_bar(total, progress) as bar:
+            done = bar.n
             for start in starts:
                 count = min(batch_size, num - start)
                 noise = random.normal("sample", 0, start, count, conditioning.sample_shape)
@@ -254,6 +255,8 @@ def _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, bat
                         output_type="pt",
                         return_dict=False,
                     )[0]
+                done += count
+                bar.update(done - bar.n)  # where networks evaluate parts of a batch elsewhere
                 yield to_uint8(conditioning.signed(images.float().cpu())), conditioning.labels(start, count)
     finally:
         pipeline.scheduler = own

@@ -21,6 +21,7 @@ RANK = {
     "attention": 2,
     "search": 3,
     "training": 3,
+    "execution": 3,
     "prune": 4,
     "distill": 4,
     "generation": 4,

@@ -11,7 +11,21 @@ import typer
 
 from .. import __version__
 from ..core.errors import DiffaccelError
-from . import calibrate, compare, demo, distill, environment, evaluate, listing, prune, sample, search, train
+from . import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    distill,
+    environment,
+    evaluate,
+    listing,
+    optimize,
+    prune,
+    sample,
+    search,
+    train,
+)
 
 app = typer.Typer(
     name="diffaccel",
@@ -46,6 +60,8 @@ app.command(name="train")(train.train)
 app.command(name="sample")(sample.sample)
 app.command(name="calibrate")(calibrate.calibrate)
 app.command(name="search")(search.search)
+app.command(name="optimize")(optimize.optimize)
+app.add_typer(bench.app)
 app.add_typer(evaluate.app)
 app.add_typer(compare.app)
 app.command(name="list")(listing.show)

@@ -147,6 +147,23 @@ def _selections():
     return [{"name": name, "what": what} for name, what in WAYS.items()]
 
 
+def _attention():
+    from ..attention.backends import BACKENDS
+    from ..core.processes import usable_device
+
+    device = usable_device("auto")
+    return [
+        {"name": b.name, "what": b.summary, "kind": b.kind, "here": b.unusable(device) or f"usable on {device.type}"}
+        for b in BACKENDS.values()
+    ]
+
+
+def _accelerations():
+    from ..execution.accelerations import ACCELERATIONS
+
+    return [{"name": a.name, "what": a.summary, "images": a.exact} for a in ACCELERATIONS.values()]
+
+
 def _search(registry: str):
     """Rows of one of the tables of `solver_search`."""
 
@@ -172,6 +189,8 @@ _KINDS = {
     "objectives": _search("OBJECTIVES"),
     "strategies": _search("STRATEGIES"),
     "decisions": _search("DECISIONS"),
+    "accelerations": _accelerations,
+    "attention": _attention,
     "metrics": _metrics,
     "features": _features,
     "filters": _filters,

@@ -90,6 +90,10 @@ def sample(
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="One PNG with all images, ten a row.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default CUDA where there is one.")] = None,
+    parallel_cfg: Annotated[
+        bool,
+        typer.Option("--parallel-cfg", help="Under torchrun: every process evaluates its part of each guidance pair."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
 ):
     """Generate images.
@@ -117,6 +121,8 @@ def sample(
     - `diffaccel sample digits --guidance perp-neg --guidance-scale 5 --set perp-neg.negatives=3 --grid no-threes.png`
 
     - `diffaccel sample digits --guidance autoguidance --set autoguidance.model=runs/early/final --grid digits.png`
+
+    - `torchrun --nproc_per_node 2 -m diffaccel sample tiny-sd --prompt 'red apple' --parallel-cfg --grid apple.png`
     """
     if output is None and grid is None:
         raise UsageError("Say where the images go: --output FOLDER for single files, --grid FILE for one sheet.")
@@ -138,7 +144,7 @@ def sample(
         note("Note: this student was trained for one step; more steps make its images worse.")
     import torch
 
-    from ..core.processes import usable_device
+    from ..core.processes import is_main_process, rank_and_world, usable_device
 
     device = device and str(usable_device(device))
     from ..core.files import write_atomic
@@ -151,6 +157,13 @@ def sample(
     if plan is not None:
         drawn_from, steps, scale = _planned(model, plan, device)
         guidance_scale = scale if guidance is None and guidance_scale is None else guidance_scale
+    if parallel_cfg:
+        (drawn_from, parted), device = _shared(drawn_from, device), None
+    elif rank_and_world()[1] > 1:
+        raise UsageError(
+            "Several processes share the drawing of guidance pairs only: add --parallel-cfg, or start one process."
+        )
+    main = is_main_process()
     drawn = generate(
         drawn_from,
         num if num is not None else len(texts or range(100)),
@@ -166,8 +179,12 @@ def sample(
         prompts=texts,
         negative_prompt=negative_prompt,
         device=device,
-        progress=True,
+        progress=main,
     )
+    if not main:
+        for _ in drawn:
+            pass
+        return
     if output is not None:
         make_folder(output)
     if grid is not None:
@@ -184,6 +201,8 @@ def sample(
         written += len(images)
     if grid is not None:
         save_grid(torch.cat(sheet), grid)
+    if parallel_cfg and not parted.parted:
+        note("No process was spared anything: without guidance, a single image has no pair to share.")
     cost = {"steps": drawn.steps, "nfe": drawn.nfe}
     if output is not None:
         rule = {"guidance": guidance or "cfg", "guidance_scale": drawn.scale, "set": overrides or []}
@@ -226,6 +245,17 @@ def _planned(model: str, path: Path, device: str | None) -> tuple:
     except (KeyError, TypeError, ValueError):  # searched without, or a record of somebody's own
         scale = None
     return pipe, file.plan.nfe, scale
+
+
+def _shared(model, device: str | None):
+    """The pipeline on the device of this process with its guidance pairs shared with the others, and what counts them."""
+    from ..core.processes import Processes
+    from ..execution.rows import parallel_cfg
+    from ..models.teachers import load_pipeline
+
+    pipe = load_pipeline(model) if isinstance(model, str) else model
+    pipe.to(Processes(device or "auto").device)
+    return pipe, parallel_cfg(pipe)
 
 
 def check_output(folder: Path) -> None:

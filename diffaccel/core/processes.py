@@ -96,18 +96,22 @@ class Processes:
         if self.world == 1:
             return [content]
         data = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-        lengths = [int(part) for part in self._gather(torch.tensor([len(data)]))]
+        lengths = [int(part) for part in self.gather(torch.tensor([len(data)]))]
         padded = data.new_zeros(max(lengths))
         padded[: len(data)] = data
-        return [json.loads(bytes(part[:n].numpy())) for part, n in zip(self._gather(padded), lengths, strict=True)]
+        parts = [bytes(part[:n].cpu().numpy()) for part, n in zip(self.gather(padded), lengths, strict=True)]
+        return [json.loads(part) for part in parts]
 
-    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What every process passed, in order of rank, on this process's device; shapes and types must be equal."""
+        if self.world == 1:
+            return [tensor]
         import torch.distributed
 
         tensor = tensor.to(self.device)
         found = [torch.empty_like(tensor) for _ in range(self.world)]
         torch.distributed.all_gather(found, tensor)
-        return [part.cpu() for part in found]
+        return found
 
 
 def usable_device(name: str) -> torch.device:

@@ -9,10 +9,10 @@ import functools
 import inspect
 
 from ..core.errors import GuidanceError, UsageError
+from ..core.standins import subclass
 from .layouts import KNOWN, LAYOUTS, NAMES
 from .rules import Rule
 from .run import Run
-from .standins import subclass
 
 
 class Guidance:

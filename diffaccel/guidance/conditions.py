@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import GuidanceError, UsageError
-from .batches import SAMPLE, half, rows_of
-from .standins import stand_in
+from ..core.standins import stand_in
+from ..models.batches import SAMPLE
+from .batches import half, rows_of
 
 # Arguments of networks that belong to the evaluation, not to the condition.
 _OF_THE_EVALUATION = (*SAMPLE, "timestep", "t", "return_dict")

@@ -14,16 +14,16 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 
 from ..core.errors import GuidanceError, UsageError
+from ..core.standins import stand_in
+from ..models.batches import SAMPLE
+from ..models.networks import NETWORKS
 from . import functional
 from .attach import Guidance
 from .base import COND, UNCOND, Rule
-from .batches import SAMPLE
 from .conditions import capture
 from .context import Context
 from .levels import level_of, target_of
 from .rules import CFG
-from .run import NETWORKS
-from .standins import stand_in
 
 _PREFIX = "pred_"  # of the names of branches in diffusers
 

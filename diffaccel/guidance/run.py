@@ -11,18 +11,17 @@ from typing import Any
 import torch
 
 from ..core.errors import GuidanceError
-from .batches import doubled, half, rows_of, samples_of, tensor_of
+from ..core.standins import retire, stand_in
+from ..models.batches import doubled, tensor_of
+from ..models.networks import NETWORKS
+from .batches import half, rows_of, samples_of
 from .conditions import Condition, capture
 from .context import Context
 from .layouts import KNOWN, NAMES, Branches, agree, cond_only, recognise, repeated, shaped
 from .levels import level_of, target_of
 from .rules import COND, UNCOND
-from .standins import retire, stand_in
 
 _log = logging.getLogger(__name__)
-
-NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder")
-"""Components of pipelines that predict."""
 
 _SCALES = ("true_cfg_scale", "max_guidance_scale", "guidance_scale")
 

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import DataError, UsageError
-from ..guidance.run import NETWORKS
-from ..guidance.standins import subclass
+from ..core.standins import subclass
+from ..models.networks import NETWORKS
 from ..models.residual import bodies, without_branches, zeros_through
 from ..samplers.searched import PlanFile, SearchedScheduler
 

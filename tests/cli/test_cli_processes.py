@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from diffaccel.core.images import save_png
+from diffaccel.core.images import decode_image, save_png
 from diffaccel.evaluate.run import evaluate_images
 from diffaccel.models.data import load_digits
 
@@ -77,3 +77,19 @@ def test_two_processes_equal_one(tmp_path, name):
     assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_guidance_pairs_are_shared(tmp_path, run):
+    command = ["sample", "digits", "--steps", "4", "-n", "6", "--guidance-scale", "3", "--batch-size", "3"]
+    done = _torchrun(
+        2, ["-m", "diffaccel", *command, "--parallel-cfg", "--device", "cpu", "--output", tmp_path / "two"]
+    )
+    assert done.stdout.count("6 images") == 1
+    run(*command, "--output", tmp_path / "one")
+    for path in (tmp_path / "one").glob("*.png"):
+        mine, theirs = (
+            decode_image((tmp_path / side / path.name).read_bytes()).tensor.int() for side in ("one", "two")
+        )
+        assert (mine - theirs).abs().max() <= 1
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))

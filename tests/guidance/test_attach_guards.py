@@ -11,10 +11,10 @@ from pipelines import PIPELINES, check_close
 from diffaccel import CFG, AutoGuidance, CFGPlusPlus, Interval, PerpNeg, guide
 from diffaccel.core.errors import GuidanceError
 from diffaccel.core.prediction import convert
+from diffaccel.core.standins import stand_in
 from diffaccel.guidance.base import COND, UNCOND, Extra
 from diffaccel.guidance.layouts import recognise
 from diffaccel.guidance.levels import level_of, target_of
-from diffaccel.guidance.standins import stand_in
 from diffaccel.samplers.registry import SAMPLERS
 
 SD = PIPELINES["sd"]

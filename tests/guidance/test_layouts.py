@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diffaccel.core.errors import GuidanceError
-from diffaccel.guidance.batches import doubled, half, rows_of, tensor_of
+from diffaccel.guidance.batches import half, rows_of
 from diffaccel.guidance.layouts import KNOWN, LAYOUTS, cond_only, recognise, shaped
+from diffaccel.models.batches import doubled, tensor_of
 
 C, U = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
 SCALES = [1.05, 1.5, 7.5, 100.0]

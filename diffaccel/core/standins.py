@@ -14,6 +14,40 @@ def subclass(cls: type, **members) -> type:
     return type(cls.__name__, (cls,), members)
 
 
+class Overlay:
+    """Other methods for objects, to turn on and off any number of times; off when made.
+
+    The classes are made once, so graphs that were compiled with them are found again. Where something else changed the
+    class of an object meanwhile and gives ours back after its end, our methods are there but should do nothing: they ask
+    ``active``.
+
+    Args:
+        methods: by object, methods by name.
+
+    Attributes:
+        active: whether it is on.
+    """
+
+    def __init__(self, methods: dict):
+        self.active = False
+        self._classes = [(one, type(one), subclass(type(one), **members)) for one, members in methods.items()]
+
+    def on(self) -> None:
+        """Give every object its other methods."""
+        if not self.active:
+            self.active = True
+            for one, former, ours in self._classes:
+                if type(one) is former:
+                    one.__class__ = ours
+
+    def off(self) -> None:
+        """Give every object its class back; one that has another class by now keeps that."""
+        self.active = False
+        for one, former, ours in self._classes:
+            if type(one) is ours:
+                one.__class__ = former
+
+
 def stand_in(instance, **methods):
     """An object that shares its attributes with ``instance``, both ways, and has other methods."""
     return _with_attributes(subclass(type(instance), **methods), instance)
