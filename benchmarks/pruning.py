@@ -23,6 +23,7 @@ Every figure is appended to --log as soon as it is known, one JSON object a line
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -31,14 +32,14 @@ import time
 from pathlib import Path
 
 import torch
+from released import released
 
 from diffaccel.cli.output import table
-from diffaccel.core.rng import seeded
 from diffaccel.evaluate.prune_judge import Judge
 from diffaccel.models.teachers import load_pipeline
 from diffaccel.prune.additivity import check_additivity
 from diffaccel.prune.calibration import Calibration, calibrate
-from diffaccel.prune.classes import prune, pruned_class
+from diffaccel.prune.classes import prune
 from diffaccel.prune.criteria import Laptop
 from diffaccel.prune.pipelines import PipelineRecovery, call_of, prompts_for
 from diffaccel.prune.plan import measure_alternately
@@ -55,12 +56,6 @@ DRAWS = 5
 SETTINGS = {"tiny-sd": {"guidance_scale": 3.0, "samples": 4, "steps": 5}}
 # No pictures and one checkpoint at the end, states of a cheaper solver: all that a recovery computes besides its steps.
 QUICK = ("trainer.sample_every=0", "trainer.checkpoint_every=0", "method.pool=512", "method.pool_steps=10")
-SD15 = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
-    "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}  # fmt: skip
 
 
 class Log:
@@ -224,20 +219,6 @@ def additivity_table(log: Log, teachers, seeds, count: int) -> None:
     print(table(["teacher", "seed", "layers", "rank correlation", "joint / sum, median (range)"], rows), flush=True)
 
 
-def sd15(layers=(), device: str = "cpu"):
-    """A U-Net of Stable Diffusion 1.5's size with random weights, from which layers are missing from the start."""
-    import diffusers
-
-    cls = pruned_class(diffusers.UNet2DConditionModel)
-    with torch.device("meta"):
-        network = cls.from_config({**SD15, "pruned_layers": list(layers)})
-    network.to_empty(device=device)
-    with seeded(0), torch.no_grad():
-        for weight in network.parameters():
-            weight.uniform_(-0.02, 0.02) if weight.ndim > 1 else weight.fill_(1e-3)
-    return network.eval()
-
-
 def call(network, edge: int):
     x, states = torch.randn(1, 4, edge, edge), torch.randn(1, 77, 768)
     return (x, torch.tensor([500.0]), states), {}
@@ -248,21 +229,26 @@ def latency_table(log: Log, ratio: float, edge: int, rounds: int) -> None:
 
     def compute() -> dict:
         survey, chosen, seconds = timed(ratio, edge, rounds)
-        found = {"whole": {"seconds": seconds[0], "parameters": survey.parameters, "memory": peaks((), edge)}}
+        found = {"whole": {"seconds": seconds[0], "parameters": survey.parameters, "names": []}}
         for (cost, one), taken in zip(chosen.items(), seconds[1:], strict=True):
             left = survey.parameters - sum(survey[name].parameters for name in one.names)
-            found[cost] = {"seconds": taken, "parameters": left, "memory": peaks(one.names, edge), "names": one.names}
+            found[cost] = {"seconds": taken, "parameters": left, "names": one.names}
         return found
 
     entry = log.get(["sd15", ratio, edge, rounds, "latency"], compute)
     rows, whole = [], entry["whole"]
+    peak = {
+        name: log.get(["sd15", edge, one["names"], "peak"], lambda names=one["names"]: {"MiB": peaks(names, edge)})
+        for name, one in entry.items()
+        if isinstance(one, dict)
+    }
     for name in ("whole", "parameters", "seconds"):
         one = entry[name]
         label = name if name == "whole" else f"{ratio:g} of {'latency' if name == 'seconds' else name}"
-        memory = [statistics.mean(side["memory"]) for side in (one, whole)]
+        memory = [statistics.mean(peak[side]["MiB"]) for side in (name, "whole")]
         rows.append([
             label, f"{one['parameters'] / 1e6:.0f} M", f"{one['seconds']:.3f}", f"{1 - one['seconds'] / whole['seconds']:.1%}",
-            f"{memory[0]:.0f}", f"{1 - memory[0] / memory[1]:.1%}", len(one.get("names", ())),
+            f"{memory[0]:.0f}", f"{1 - memory[0] / memory[1]:.1%}", len(one["names"]),
         ])  # fmt: skip
     print(
         f"\nU-Net of Stable Diffusion 1.5's size, random weights, one sample of {edge}×{edge} latents, {rounds} rounds in turns"
@@ -273,7 +259,7 @@ def latency_table(log: Log, ratio: float, edge: int, rounds: int) -> None:
 
 def timed(ratio: float, edge: int, rounds: int):
     """What the large U-Net could lose, what laptop chooses by either cost, and the seconds of all in turns."""
-    network = sd15()
+    network = released("sd15")
     args, kwargs = call(network, edge)
 
     def run():
@@ -304,16 +290,19 @@ def peaks(names, edge: int) -> list[float]:
 
 
 def print_peak(names, edge: int) -> None:
-    import resource
-
     import diffusers.models.unets.unet_2d_condition  # noqa: F401  its memory is not the network's
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    network = sd15(names)
+    before = _peak_of_this_process()
+    network = released("sd15", pruned=names)
     args, kwargs = call(network, edge)
     with torch.no_grad():
         network(*args, **kwargs)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    print(_peak_of_this_process() - before)
+
+
+def _peak_of_this_process() -> float:
+    """MiB, on Linux; resource's ru_maxrss begins with that of the parent."""
+    return float(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
 def main() -> None:

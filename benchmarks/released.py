@@ -3,6 +3,8 @@
 import diffusers
 import torch
 
+from diffaccel.prune.classes import pruned_class
+
 _SD15 = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -29,12 +31,20 @@ RELEASED = {
 """Classes and configurations by name."""
 
 
-def released(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A denoiser with small random weights, built on its device without being initialised twice."""
+def released(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, pruned=()) -> torch.nn.Module:
+    """A denoiser with small random weights, built on its device without being initialised twice.
+
+    Args:
+        name: one of `RELEASED`.
+        device, dtype: of the weights.
+        pruned: layers that are missing from the start, as in ``pruned_layers``.
+    """
     cls, config = RELEASED[name]
     with torch.device("meta"):
-        network = cls(**config)
-    network = network.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+        network = pruned_class(cls).from_config({**config, "pruned_layers": list(pruned)}) if pruned else cls(**config)
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        network.to(dtype)
     generator = torch.Generator(device).manual_seed(0)
     for key, tensor in network.state_dict().items():
         scale = 0.02 if tensor.dim() > 1 else 0.0

@@ -13,6 +13,7 @@ from .core.errors import UsageError
 from .core.files import atomic_directory, write_atomic
 from .core.processes import rank_and_world, usable_device
 from .evaluate.prune_judge import Judge, judge_for
+from .models.networks import network_of
 from .models.teachers import load_pipeline
 from .prune.calibration import Calibration, calibrate
 from .prune.classes import prune
@@ -27,7 +28,6 @@ from .prune.settings import COSTS, PruningConfig, resolve_pruning
 from .prune.surgery import removed
 from .prune.survey import Survey, survey_network
 from .search.journal import Journal
-from .search.layers import network_of
 from .training.launch import stored_settings
 from .training.recipes import RunConfig, complete
 from .training.rundir import RunDirectory, check_output

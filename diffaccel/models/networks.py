@@ -27,6 +27,18 @@ def networks_of(target) -> dict[str, nn.Module]:
     return found
 
 
+def network_of(pipe) -> nn.Module:
+    """The one network of a pipeline that predicts, eager.
+
+    Raises:
+        UsageError: no such network, or several.
+    """
+    found = [module for name in NETWORKS if isinstance(module := getattr(pipe, name, None), nn.Module)]
+    if len(found) != 1:
+        raise UsageError(f"This works on pipelines with one network; {type(pipe).__name__} has {len(found)}.")
+    return eager(found[0])
+
+
 def eager(network: nn.Module) -> nn.Module:
     """The network inside its compiled form, or itself."""
     return getattr(network, "_orig_mod", network)

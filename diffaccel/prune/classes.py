@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import DataError, UsageError
 from ..core.files import write_atomic
-from ..search.layers import network_of
+from ..models.networks import network_of
 from .surgery import Layers, Maps, remove
 
 PREFIX = "Pruned"

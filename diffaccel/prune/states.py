@@ -10,9 +10,9 @@ from ..core.errors import UsageError
 from ..core.schedule import Flow, from_diffusers
 from ..models.conditioning import PromptConditioning, conditioning_of
 from ..models.denoiser import Condition, Guided, NetworkDenoiser
+from ..models.networks import NETWORKS, network_of
 from ..models.teachers import denoiser_of
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
-from ..search.layers import NETWORKS, network_of
 from ..search.subjects import DenoiserSubject, fine_plan
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import DataError, UsageError
 from ..core.standins import subclass
-from ..models.networks import NETWORKS
+from ..models.networks import network_of
 from ..models.residual import bodies, without_branches, zeros_through
 from ..samplers.searched import PlanFile, SearchedScheduler
 
@@ -185,18 +185,6 @@ def remove_plan(pipe) -> None:
     undo.close()
     if pipe.scheduler is applied:
         pipe.scheduler = former
-
-
-def network_of(pipe) -> nn.Module:
-    """The one network of a pipeline that predicts, inside its compiled form if it has one.
-
-    Raises:
-        UsageError: no such network, or several.
-    """
-    found = [module for name in NETWORKS if isinstance(module := getattr(pipe, name, None), nn.Module)]
-    if len(found) != 1:
-        raise UsageError(f"Layers are skipped in pipelines with one network; {type(pipe).__name__} has {len(found)}.")
-    return getattr(found[0], "_orig_mod", found[0])
 
 
 def _calls(layers: Mapping) -> int:

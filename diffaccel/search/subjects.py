@@ -15,10 +15,11 @@ from ..core.prediction import convert
 from ..core.rng import KeyedRandom
 from ..core.schedule import EDM, Flow, NoiseSchedule, VPDiscrete, from_diffusers
 from ..models.denoiser import Denoiser, Guided
+from ..models.networks import network_of
 from ..samplers.deis import deis_plan
 from ..samplers.plan import Plan, Row, Run
 from ..samplers.searched import PlanFile, SearchedScheduler, model_config
-from .layers import bypass, network_of, skip_layers, skippable
+from .layers import bypass, skip_layers, skippable
 
 _OWN = (  # arguments of pipelines that are the search's to set
     "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "noise", "batch_size", "return_dict",

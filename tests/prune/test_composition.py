@@ -10,10 +10,11 @@ from pipelines import PIPELINES, check_close
 import diffaccel
 from diffaccel import CFG, guide
 from diffaccel.distill.methods.dmd import DMD
+from diffaccel.models.networks import network_of
 from diffaccel.models.teachers import denoiser_of, load_pipeline
 from diffaccel.prune.classes import prune
 from diffaccel.prune.operators import operators
-from diffaccel.search.layers import bodies, bypass, network_of
+from diffaccel.search.layers import bodies, bypass
 from diffaccel.training.checkpoint import list_checkpoints
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
 from diffaccel.training.rundir import RunDirectory

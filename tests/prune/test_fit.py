@@ -9,12 +9,12 @@ from torch import nn
 
 import diffaccel
 from diffaccel.core.errors import UsageError
+from diffaccel.models.networks import network_of
 from diffaccel.prune.classes import prune
 from diffaccel.prune.costs import count_macs
 from diffaccel.prune.fit import fit_maps
 from diffaccel.prune.operators import operators
 from diffaccel.prune.surgery import removed
-from diffaccel.search.layers import network_of
 
 
 def calls(network, count=3):

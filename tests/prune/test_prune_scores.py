@@ -13,6 +13,7 @@ from diffaccel.core.errors import DataError, UsageError
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.core.schedule import Flow
 from diffaccel.models.denoiser import NetworkDenoiser
+from diffaccel.models.networks import network_of
 from diffaccel.models.teachers import load_pipeline
 from diffaccel.prune.additivity import check_additivity, nested, rank_correlation
 from diffaccel.prune.calibration import Calibration, calibrate, digest
@@ -20,7 +21,6 @@ from diffaccel.prune.criteria import Laptop, LDPruner, Magnitude, Random, latent
 from diffaccel.prune.operators import operators
 from diffaccel.prune.scores import CRITERIA, get_criterion, score
 from diffaccel.prune.selection import SOLVERS
-from diffaccel.search.layers import network_of
 from diffaccel.search.subjects import DenoiserSubject
 
 SHAPE = (3, 2, 2)

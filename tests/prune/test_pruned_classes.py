@@ -14,10 +14,10 @@ from pipelines import PIPELINES, check_close
 
 import diffaccel
 from diffaccel.core.errors import DataError, UsageError
+from diffaccel.models.networks import network_of
 from diffaccel.models.teachers import denoiser_of, load_denoiser, load_pipeline
 from diffaccel.prune.classes import prune, pruned_class
 from diffaccel.prune.operators import operators
-from diffaccel.search.layers import network_of
 
 _FRESH = """
 import sys

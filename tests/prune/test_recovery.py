@@ -12,13 +12,13 @@ from diffaccel.core.prediction import convert
 from diffaccel.core.rng import KeyedRandom
 from diffaccel.models.data import RealImages
 from diffaccel.models.denoiser import Guided
+from diffaccel.models.networks import network_of
 from diffaccel.models.teachers import denoiser_of, load_pipeline
 from diffaccel.prune.classes import prune
 from diffaccel.prune.operators import operators
 from diffaccel.prune.recovery import FEATURES, Recovery, normalized_distance, plain_distance
 from diffaccel.prune.states import DrawnStates, piped, recoverable, taken
 from diffaccel.samplers.plan import Run
-from diffaccel.search.layers import network_of
 from diffaccel.search.subjects import fine_plan
 from diffaccel.training.method import Draw
 

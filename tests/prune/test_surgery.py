@@ -11,11 +11,11 @@ from diffusers import UNet2DModel
 from pipelines import PIPELINES, check_close
 
 from diffaccel.core.errors import UsageError
+from diffaccel.models.networks import network_of
 from diffaccel.prune.operators import KINDS, operators
 from diffaccel.prune.replacements import REPLACEMENTS, Replacement
 from diffaccel.prune.surgery import remove, removed
 from diffaccel.prune.survey import survey_network
-from diffaccel.search.layers import network_of
 
 
 def case_of(name):

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel.core.errors import UsageError
+from diffaccel.models.networks import network_of
 from diffaccel.prune.costs import count_macs, measure_seconds
 from diffaccel.prune.surgery import remove
 from diffaccel.prune.survey import survey_network
-from diffaccel.search.layers import network_of
 
 
 def independent_macs(call) -> int:

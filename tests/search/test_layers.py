@@ -17,6 +17,7 @@ import diffaccel
 from diffaccel import CFG, guide
 from diffaccel.core.errors import UsageError
 from diffaccel.core.schedule import from_diffusers
+from diffaccel.models.networks import network_of
 from diffaccel.samplers.searched import PlanFile, SearchedScheduler, model_config
 from diffaccel.samplers.usf import Decision, SolverSchedule
 from diffaccel.search.layer_space import LayerSpace
@@ -24,7 +25,6 @@ from diffaccel.search.layers import (
     apply_plan,
     bodies,
     bypass,
-    network_of,
     remove_plan,
     skip_layers,
     skippable,
