@@ -240,13 +240,19 @@ def _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, bat
     pipeline.scheduler = scheduler
     try:
         with nullcontext(progress) if isinstance(progress, tqdm) else progress_bar(total, progress) as bar:
-            done = bar.n
+            moved = done = 0.0
+
+            def move(share: float) -> None:
+                nonlocal moved
+                moved += share
+                bar.update(share)
+
             for start in starts:
                 count = min(batch_size, num - start)
                 noise = random.normal("sample", 0, start, count, conditioning.sample_shape)
                 seeds = random.integers("sampler", 0, start, count, 2**53).tolist()
                 guided = nullcontext() if rule is None else guide(pipeline, rule)
-                with _counted(networks, lambda rows: bar.update(rows / cost)), guided:
+                with _counted(networks, lambda rows: move(rows / cost)), guided:
                     images = pipeline(
                         **conditioning.arguments(start, noise),
                         num_inference_steps=steps,
@@ -256,7 +262,7 @@ def _batches(conditioning, scheduler, num, starts, steps, seed, rule, scale, bat
                         return_dict=False,
                     )[0]
                 done += count
-                bar.update(done - bar.n)  # where networks evaluate parts of a batch elsewhere
+                move(done - moved)  # where networks evaluate parts of a batch elsewhere
                 yield to_uint8(conditioning.signed(images.float().cpu())), conditioning.labels(start, count)
     finally:
         pipeline.scheduler = own
