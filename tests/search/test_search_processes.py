@@ -34,7 +34,7 @@ found = search_schedule(
     spectral_mixture(from_diffusers({}), 6, 3), 3, objective=objective, strategy=sys.argv[4], budget=60, samples=8,
     validation=12, output=output, resume=resume, device="cpu",
 )
-print(json.dumps([len(calls), found.history]))
+sys.stdout.write(json.dumps([len(calls), found.history]) + "\\n")  # at once: two processes share the pipe
 """
 
 
