@@ -23,10 +23,12 @@ class Switch:
     Args:
         on, off: what turns it on and off.
         detail: what there is to tell about it, as plain JSON.
+        idle: why it had no effect on any run so far, or None.
     """
 
-    def __init__(self, on: Callable[[], object], off: Callable[[], object], detail: dict | None = None):
+    def __init__(self, on: Callable[[], object], off: Callable[[], object], detail: dict | None = None, idle=None):
         self._turn, self._is_on, self.detail = {True: on, False: off}, False, detail
+        self.idle: Callable[[], str | None] = idle or (lambda: None)
 
     def on(self) -> None:
         """Turn it on, if it is off."""
@@ -72,11 +74,13 @@ def _attention(pipe, options: dict) -> Switch:
 
 
 def _text(pipe, options: dict) -> Switch:
-    return _undoable(reuse_text(pipe))
+    reuse = reuse_text(pipe)
+    return _undoable(reuse, lambda: None if reuse.hits else "The text is another one at every step.")
 
 
 def _sequential(pipe, options: dict) -> Switch:
-    return _undoable(sequential_cfg(pipe))
+    parted = sequential_cfg(pipe)
+    return _undoable(parted, lambda: None if parted.parted else "The network is called for one row at a time.")
 
 
 def _channels_last(pipe, options: dict) -> Switch:
@@ -124,9 +128,9 @@ def _compile(pipe, options: dict) -> Switch:
     return Switch(on, off)
 
 
-def _undoable(made) -> Switch:
+def _undoable(made, idle: Callable[[], str | None]) -> Switch:
     made.undo()
-    return Switch(made.redo, made.undo)
+    return Switch(made.redo, made.undo, idle=idle)
 
 
 def _convolutions(part: nn.Module) -> list[nn.Conv2d]:

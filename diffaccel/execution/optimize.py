@@ -182,6 +182,8 @@ def _try(
                 switches.push(undo.pop_all())
                 return Trial(name, KEPT, "applied without measuring", exact, detail=switch.detail)
             found = runs.compare(switch.on, switch.off, acceleration.compiles)
+            if reason := switch.idle():  # nothing but noise could speak for it
+                return Trial(name, NOT_APPLICABLE, reason, exact)
             kept, reason = verdict(found, runs.noise if exact == BIT_EQUAL else CHANGE, cap)
             if kept:
                 switch.on()

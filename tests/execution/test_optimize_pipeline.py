@@ -109,6 +109,12 @@ def test_what_fails_is_listed_and_off(pipe, monkeypatch):
         assert pipe.unet.waste == WAIT
 
 
+def test_what_has_no_effect_is_not_kept():
+    pipe = diffaccel.load_pipeline("digits")  # without guidance, for one image
+    (trial,) = optimize(pipe, steps=1, rounds=3, seconds=0.1, only=["sequential-cfg"]).trials
+    assert (trial.outcome, trial.reason) == ("not applicable", "The network is called for one row at a time.")
+
+
 def test_an_interruption_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
     planted(monkeypatch, ("fast", {"waste": 0.0}), ("stop", {"shift": 0.0}))
 
