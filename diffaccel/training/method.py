@@ -116,6 +116,16 @@ class Method(ABC):
     def to(self, device: torch.device) -> None:
         """Move frozen helpers; the trainer moves the roles."""
 
+    def begin(self, folder: Path) -> None:
+        """Called once before the first step and the first picture, after a checkpoint was loaded.
+
+        Called on every process; only the main one (`core.processes.is_main_process`) may write, and no process goes on
+        before all have returned.
+
+        Args:
+            folder: the run's folder, the same when the run is resumed; caches belong in a folder of their own in it.
+        """
+
     def extra_state(self) -> dict[str, torch.Tensor]:
         """State beyond weights and optimisers (running bins, counters) that resuming needs."""
         return {}
@@ -128,4 +138,11 @@ class Method(ABC):
 
         Args:
             total: sums a tensor over the processes of the run.
+        """
+
+    def end_step(self, step: int) -> None:
+        """Called after the updates of training step ``step`` (0-based) and before any checkpoint of it.
+
+        Called on every process; only the main one may write, atomically, and no process goes on before all have
+        returned. After a kill the step may be run again: it then gives the same bits, so writing a file twice is harmless.
         """

@@ -128,6 +128,8 @@ class Trainer:
             InterruptedRun: Ctrl-C or SIGTERM; the state was saved.
         """
         config = self.config
+        self.method.begin(self.run.path)
+        self.accelerator.wait_for_everyone()
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.progress else True)
         started = time.monotonic()
         with SignalGuard() as guard, bar:
@@ -177,6 +179,8 @@ class Trainer:
                 self._update(phase, repeat)
                 self.method.end_phase(phase, self.accelerator.reduce)
         self.ema.update(self.method.roles[self.method.main_role], self.step)
+        self.method.end_step(self.step)
+        self.accelerator.wait_for_everyone()
 
     def _update(self, phase: Phase, repeat: int) -> None:
         for name, module in self.method.roles.items():

@@ -33,6 +33,7 @@ class Regression(Method):
         self.roles = {"model": nn.Linear(3, 2), "helper": nn.Linear(3, 2)}
         self.target = torch.randn(2, 3)
         self.updates = 0
+        self.called = []
 
     def phases(self, step):
         return [Phase("follow", ("helper",), repeats=2), Phase("fit", ("model",))]
@@ -48,13 +49,19 @@ class Regression(Method):
         return Loss(total, {"size": model.detach().abs().mean()})
 
     def samples(self, model, random):
-        return None
+        self.called.append("samples")
 
     def export(self, model, folder):
         torch.nn.utils.parameters_to_vector(model.parameters()).numpy().tofile(folder / "weights.bin")
 
     def end_phase(self, phase, total):
         self.updates += 1
+
+    def begin(self, folder):
+        self.called.append(folder)
+
+    def end_step(self, step):
+        self.called.append((step, self.updates))
 
     def extra_state(self):
         return {"updates": torch.tensor(self.updates)}
@@ -98,6 +105,14 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, stop_after):
     assert resumed.method.updates == straight.method.updates == 12 * 3
     same = [(tmp_path / name / "final/weights.bin").read_bytes() for name in ("straight", "parts")]
     assert same[0] == same[1]
+
+
+def test_a_method_hears_of_the_run_and_of_each_step(tmp_path):
+    folder = tmp_path / "run"
+    trained(folder, stop_after=5)
+    method = trained(folder, resume=True).method
+    assert method.called == [folder, *((step, 3 * (step + 1)) for step in range(5, 12)), "samples"]
+    assert trained(tmp_path / "new").method.called[:3] == [tmp_path / "new", "samples", (0, 3)]
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
