@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from ..core.rng import seeded
+from ..models.conditions import Conditions
+from ..models.denoiser import NetworkDenoiser
+
 
 class FeatureDiscriminator(nn.Module):
     """One small head per teacher feature map; the logit is the mean over heads.
@@ -30,6 +34,19 @@ class FeatureDiscriminator(nn.Module):
             )
             for count in channels
         )
+
+    @classmethod
+    def of(cls, teacher: NetworkDenoiser, conditions: Conditions, seed: int) -> "FeatureDiscriminator":
+        """A new one for the features of a teacher, with initial weights by ``seed``."""
+        device = next(teacher.parameters()).device
+        with torch.no_grad():
+            _, features = teacher.forward_with_features(
+                torch.zeros(1, *teacher.sample_shape, device=device),
+                torch.full((1,), teacher.schedule.t_max, device=device),
+                conditions.at(conditions.members[:1].to(device)),
+            )
+        with seeded(seed):
+            return cls([feature.shape[1] for feature in features])
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Logits (B,) of maps [(B, C_i, h_i, w_i)]; positive means real."""

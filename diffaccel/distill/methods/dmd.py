@@ -1,170 +1,201 @@
-"""Distribution matching distillation of a one-step student (Yin et al. 2024: DMD, DMD2).
+"""Distribution matching distillation (Yin et al. 2024: DMD, DMD2) and its relatives VSD, Diff-Instruct and LADD.
 
 The student is moved along w·(D_critic − D_teacher) at noised student samples, where the critic is a denoiser of the
 student's own distribution: an estimate of the gradient of KL(student ‖ teacher) (DMD, equation 7).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ...core.errors import UsageError
-from ...core.rng import KeyedRandom, seeded
-from ...models.data import RealImages
-from ...models.denoiser import Condition, Guided, NetworkDenoiser
-from ...models.pipeline import ClassConditionalPipeline
-from ...samplers.scheduler import DDIMScheduler
-from ...training.method import Draw, Loss, Method, Phase
+from ...core.errors import UsageError, unknown
+from ...models.denoiser import Condition
+from ...training.method import Draw, Loss, Phase
+from ..base import Distillation
 from ..discriminator import FeatureDiscriminator
+from ..pairs import PairCache
+from ..task import Task
+
+WEIGHTINGS = ("normalized", "uniform", "vsd", "score")
+TIMES = ("uniform", "log-normal")
+GAN_LOSSES = ("logistic", "hinge")
+
+PRESETS = {
+    "vsd": {"weighting": "vsd"},
+    "diff-instruct": {"weighting": "uniform", "time_sampling": "log-normal"},
+    "dmd": {"regression_weight": 0.25},
+    "dmd2": {"gan_weight": 1e-3, "critic_steps": 5},
+    "ladd": {"distribution_weight": 0.0, "gan_weight": 1.0, "gan_loss": "hinge"},
+}
+"""Settings that differ from the defaults of `DMD.Config`, by the name of a method in the literature."""
 
 
-class DMD(Method):
-    """Roles: student, critic (denoiser of the student's samples), discriminator where one is needed.
-
-    Args:
-        teacher: frozen model; student and critic start as its copies.
-        scheduler_config: diffusers configuration of the teacher's scheduler, carried into the exported student.
-        data: real images, for the discriminator only.
-        config: settings.
-        seed: of initial weights that are not the teacher's.
-    """
-
-    main_role = "student"
+class DMD(Distillation):
+    """Roles: student, critic (denoiser of the student's samples), discriminator where one is needed."""
 
     @dataclass
-    class Config:
+    class Config(Distillation.Config):
         """Attributes:
         guidance_scale: classifier-free guidance of the teacher, folded into the student.
+        student_steps: network evaluations of the student; from two on it is trained on its own earlier states.
+        student_start: fraction of the schedule at which the student is called first; it sees pure noise there.
         critic_steps: critic updates per student update.
         critic_warmup: training steps at the start in which only the critic (and the discriminator) learn.
         time_range: fractions of the schedule's index between which the distributions are matched.
+        time_sampling: "uniform" in the index, or "log-normal" in σ/α (Diff-Instruct).
+        time_mean, time_std: of log σ/α under "log-normal".
+        weighting: of the score difference: "normalized" by each sample's distance to the teacher's (DMD, equation 8),
+            "uniform" (Diff-Instruct), "vsd" (α·σ, ProlificDreamer), "score" (α²/σ², the difference of the scores).
+        distribution_weight: weight of the distribution matching loss; 0 with a GAN is LADD without a critic.
         gan_weight: weight of the student's adversarial loss; 0 needs no real data.
+        gan_loss: "logistic" (DMD2) or "hinge" (LADD).
         r1_weight: weight of the discriminator's approximate R1 penalty (f-distill, appendix).
+        regression_weight: weight of DMD's regression on trajectories of the teacher from noise to image.
+        regression_pairs: number of such pairs, made before training and kept in the run folder.
+        regression_steps: network evaluations of the teacher for each.
         """
 
-        guidance_scale: float = 1.0
         critic_steps: int = 1
         critic_warmup: int = 0
         time_range: tuple[float, ...] = (0.02, 0.98)
+        time_sampling: str = "uniform"
+        time_mean: float = -1.2
+        time_std: float = 1.2
+        weighting: str = "normalized"
+        distribution_weight: float = 1.0
         gan_weight: float = 0.0
+        gan_loss: str = "logistic"
         r1_weight: float = 0.0
+        regression_weight: float = 0.0
+        regression_pairs: int = 1000
+        regression_steps: int = 20
 
         def __post_init__(self):
-            if self.critic_steps < 1:
-                raise UsageError(f"method.critic_steps must be at least 1, got {self.critic_steps}.")
+            super().__post_init__()
+            for name in ("critic_steps", "regression_pairs", "regression_steps"):
+                if getattr(self, name) < 1:
+                    raise UsageError(f"method.{name} must be at least 1, got {getattr(self, name)}.")
             if len(self.time_range) != 2 or not 0.0 <= self.time_range[0] < self.time_range[1] <= 1.0:
                 raise UsageError(f"method.time_range must be two rising fractions in [0, 1], got {self.time_range}.")
-            for name in ("critic_warmup", "gan_weight", "r1_weight"):
+            for name in ("critic_warmup", "distribution_weight", "gan_weight", "r1_weight", "regression_weight"):
                 if getattr(self, name) < 0:
                     raise UsageError(f"method.{name} must not be negative, got {getattr(self, name)}.")
+            for name, known in (("weighting", WEIGHTINGS), ("time_sampling", TIMES), ("gan_loss", GAN_LOSSES)):
+                if getattr(self, name) not in known:
+                    raise unknown(f"method.{name}", getattr(self, name), known)
+            if not (self.distribution_weight or self.gan_weight or self.regression_weight):
+                raise UsageError("Nothing trains the student: all of its losses have the weight 0.")
 
-    def __init__(
-        self,
-        teacher: NetworkDenoiser,
-        scheduler_config: dict,
-        data: RealImages | None,
-        config: Config,
-        seed: int = 0,
-    ):
-        self.config, self.data = config, data
-        # One step from the noisiest time to the clean end, whatever else the teacher's scheduler was set to.
-        self.scheduler = DDIMScheduler.from_config(
-            scheduler_config,
-            timestep_spacing="trailing",
-            grid=None,
-            use_karras_sigmas=False,
-            use_exponential_sigmas=False,
-            final_sigmas_type="zero",
-            set_alpha_to_one=True,
-            clip_sample=False,
-            thresholding=False,
-            eta=0.0,
-        )
-        if config.guidance_scale != 1.0 and teacher.null_condition(1) is None:
-            raise UsageError("method.guidance_scale needs a teacher with classes and a null class.")
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.real = Guided(self.teacher, config.guidance_scale)
-        self.schedule = teacher.schedule
-        self.roles: dict[str, nn.Module] = {
-            name: teacher.clone().requires_grad_(True) for name in ("student", "critic")
-        }
+    def __init__(self, task: Task, config: Config, seed: int = 0):
+        super().__init__(task, config, seed)
+        self.pairs: PairCache | None = None
         if self.needs_discriminator():
-            if data is None:
+            if self.data is None:
                 raise UsageError("A discriminator needs real images: give --data, or a method without one (dmd).")
-            self.roles["discriminator"] = self._new_discriminator(seed)
+            self.roles["discriminator"] = FeatureDiscriminator.of(self.teacher, self.conditions, seed)
+
+    def networks(self):
+        return ("student", "critic") if self.config.distribution_weight else ("student",)
 
     def needs_discriminator(self) -> bool:
         """Whether any loss uses the discriminator."""
         return self.config.gan_weight > 0
 
-    def to(self, device):
-        self.teacher.to(device)
+    def begin(self, folder):
+        super().begin(folder)
+        config = self.config
+        if config.regression_weight:
+            self.pairs = PairCache(
+                folder / "pairs", self.task, self.real, config.regression_pairs, config.regression_steps, self.seed
+            )
 
     def phases(self, step: int) -> list[Phase]:
         trained = tuple(name for name in self.roles if name != "student")
-        critic = Phase("critic", trained, self.config.critic_steps)
-        return [critic] if step < self.config.critic_warmup else [critic, Phase("student", ("student",))]
+        critic = [Phase("critic", trained, self.config.critic_steps)] if trained else []
+        return critic if step < self.config.critic_warmup else [*critic, Phase("student", ("student",))]
 
     def loss(self, phase: Phase, draw: Draw) -> Loss:
         return self._critic_loss(draw) if phase.name == "critic" else self._student_loss(draw)
 
     # Hooks by which other methods vary this one.
 
-    def conditions(self, draw: Draw) -> Condition | None:
-        """Conditions of one micro-batch of student samples; uniform over the classes."""
-        if self.teacher.num_classes is None:
-            return None
-        return {"class_labels": draw.integers("labels", self.teacher.num_classes)}
-
     def sample_weight(self, u: torch.Tensor, logit: torch.Tensor | None, metrics: dict) -> torch.Tensor:
-        """(B,) weight of each sample's score difference; ``u`` is the time as a fraction of the schedule."""
+        """(B,) weight of each sample's score difference; ``u`` is the quantile of its time within ``time_range``."""
         return torch.ones_like(u, dtype=torch.float32)
 
-    # Sampling and export.
+    def matching_loss(self, x, t, u, condition, draw: Draw, metrics: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss whose gradient on the samples x is the weighted score difference, and the discriminator's logit."""
+        x_t = self.teacher.noised(x, t, draw.normal("eps", self.teacher.sample_shape))
+        real, logit = self.judged(x_t, t, condition)
+        if not self.config.distribution_weight:
+            return x.new_zeros(()), logit
+        with torch.no_grad():
+            real = self.real(x_t, t, condition) if real is None else real
+            fake = self.roles["critic"](x_t, t, condition)
+            each = tuple(range(1, x.ndim))
+            distance = (x - real).abs().mean(each, keepdim=True)
+            weight = self.sample_weight(u, logit, metrics).reshape(-1, *[1] * len(each))
+            gradient = weight * self._weighting(distance, t) * (fake - real)
+            self.watch(metrics, fake, real, distance)
+        # The gradient of this loss with respect to x is exactly `gradient` / numel.
+        return 0.5 * F.mse_loss(x, (x - gradient).detach()), logit
 
-    def generate(self, model: NetworkDenoiser, noise: torch.Tensor, condition: Condition | None) -> torch.Tensor:
-        """One network evaluation at the noisiest time: (B, …) standard normal noise → (B, …) samples."""
-        t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
-        return model(noise * self.schedule.initial_scale, t, condition)
+    def judged(self, x_t, t, condition) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The teacher's clean samples, where the discriminator's evaluation gives them too, and its logits."""
+        if "discriminator" not in self.roles:
+            return None, None
+        with torch.set_grad_enabled(self.config.gan_weight > 0):
+            real, features = self.teacher.forward_with_features(x_t, t, condition)
+            logit = self.roles["discriminator"](features)
+        same = self.real.denoiser is self.teacher and self.real.scale == 1.0
+        return (real if same else None), logit
 
-    def samples(self, model: NetworkDenoiser, random: KeyedRandom) -> torch.Tensor:
-        """A fixed 10 × 10 sheet; one class a row where there are classes."""
-        device = next(model.parameters()).device
-        noise = random.normal("picture", 0, 0, 100, model.sample_shape).to(device)
-        classes = self.teacher.num_classes
-        labels = torch.arange(100, device=device) // 10
-        return self.generate(model, noise, {"class_labels": labels % classes} if classes else None)
+    @staticmethod
+    def watch(metrics: dict, fake: torch.Tensor, real: torch.Tensor, distance: torch.Tensor) -> None:
+        """Health of the matching: how far critic and teacher are apart, and the samples from the teacher."""
+        difference = (fake - real).abs().mean()
+        metrics["score_difference"] = difference
+        metrics["distance_to_teacher"] = distance.mean()
+        metrics["disagreement"] = difference / (distance.mean() + 1e-6)
 
-    def export(self, model: NetworkDenoiser, folder: Path) -> None:
-        ClassConditionalPipeline.of(model.net, self.scheduler, num_inference_steps=1).save_pretrained(folder)
+    def times(self, draw: Draw, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stratified quantiles u of the matched times within ``time_range``, and the times."""
+        config, (low, high) = self.config, self.config.time_range
+        u = draw.stratified(purpose)
+        if config.time_sampling == "uniform":
+            return u, self.schedule.time(low + (high - low) * u)
+        rho = torch.exp(config.time_mean + config.time_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+        ends = self.schedule.time(torch.tensor([low, high], device=u.device))
+        return u, self.schedule.t_from_rho(rho).clamp(*ends.tolist())
+
+    def _weighting(self, distance: torch.Tensor, t: torch.Tensor) -> torch.Tensor | float:
+        if self.config.weighting == "normalized":
+            return 1.0 / (distance + 1e-6)
+        if self.config.weighting == "uniform":
+            return 1.0
+        alpha, sigma = self.teacher.level(t)
+        return alpha * sigma if self.config.weighting == "vsd" else (alpha / sigma) ** 2
 
     # Losses.
 
-    def _times(self, draw: Draw, purpose: str, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fractions u of the schedule, stratified over the batch, and their times."""
-        u = low + (high - low) * draw.stratified(purpose)
-        return u, self.schedule.time(u)
-
     def _critic_loss(self, draw: Draw) -> Loss:
-        condition = self.conditions(draw)
-        with torch.no_grad():
-            x = self.generate(self.roles["student"], draw.normal("latent", self.teacher.sample_shape), condition)
-        _, t = self._times(draw, "time", 0.0, 1.0)
-        eps = draw.normal("eps", self.teacher.sample_shape)
-        total = denoising = self.roles["critic"].denoising_error(x, t, eps, condition).mean()
-        metrics = {"denoising": denoising.detach(), "sample_std": x.std(correction=0)}
+        x, condition = self.student_sample(draw, grad=False)
+        metrics = self.health(x)
+        total = x.new_zeros(())
+        if "critic" in self.roles:
+            t = self.schedule.time(draw.stratified("time"))
+            eps = draw.normal("eps", self.teacher.sample_shape)
+            total = self.roles["critic"].denoising_error(x, t, eps, condition).mean()
+            metrics["denoising"] = total.detach()
         if "discriminator" in self.roles:
             total = total + self._discriminator_loss(draw, x, condition, metrics)
         return Loss(total, metrics)
 
     def _discriminator_loss(self, draw: Draw, x: torch.Tensor, condition: Condition | None, metrics: dict):
-        """Logistic loss on real and generated samples noised to the times that the student is matched at."""
+        """GAN loss on real and generated samples noised to the times that the student is matched at."""
         discriminator, shape = self.roles["discriminator"], self.teacher.sample_shape
-        low, high = self.config.time_range
-        u, t = self._times(draw, "gan", low, high)
+        u, t = self.times(draw, "gan")
         real, real_condition = self.data.batch(draw)
         real_t = self.teacher.noised(real, t, draw.normal("real-eps", shape))
         fake_t = self.teacher.noised(x, t, draw.normal("fake-eps", shape))
@@ -174,11 +205,13 @@ class DMD(Method):
         real_logit, fake_logit = discriminator(real_features), discriminator(fake_features)
         right = 0.5 * ((real_logit > 0).float() + (fake_logit < 0).float()).detach()
         metrics["discriminator_accuracy"] = right.mean()
-        clean = (u < low + 0.2 * (high - low)).float()
         # Near pure noise the two distributions coincide and 0.5 is right; what is learnt shows at the clean end.
         # Times are stratified over the whole batch, so a fifth of it is clean, however it is split.
-        metrics["discriminator_accuracy_clean_fifth"] = (right * clean).mean() / 0.2
-        total = F.softplus(-real_logit).mean() + F.softplus(fake_logit).mean()
+        metrics["discriminator_accuracy_clean_fifth"] = (right * (u < 0.2).float()).mean() / 0.2
+        if self.config.gan_loss == "hinge":
+            total = F.relu(1.0 - real_logit).mean() + F.relu(1.0 + fake_logit).mean()
+        else:
+            total = F.softplus(-real_logit).mean() + F.softplus(fake_logit).mean()
         if self.config.r1_weight > 0:
             with torch.no_grad():
                 near_t = real_t + 0.1 * draw.normal("r1", shape)
@@ -187,40 +220,21 @@ class DMD(Method):
         return total
 
     def _student_loss(self, draw: Draw) -> Loss:
-        condition, config = self.conditions(draw), self.config
-        x = self.generate(self.roles["student"], draw.normal("latent", self.teacher.sample_shape), condition)
-        u, t = self._times(draw, "time", *config.time_range)
-        x_t = self.teacher.noised(x, t, draw.normal("eps", self.teacher.sample_shape))
-        logit = real = None
-        if "discriminator" in self.roles:
-            with torch.set_grad_enabled(config.gan_weight > 0):
-                real, features = self.teacher.forward_with_features(x_t, t, condition)
-                logit = self.roles["discriminator"](features)
-        metrics: dict[str, torch.Tensor | float] = {}
-        with torch.no_grad():
-            if real is None or config.guidance_scale != 1.0:
-                real = self.real(x_t, t, condition)
-            fake = self.roles["critic"](x_t, t, condition)
-            each = tuple(range(1, x.ndim))
-            normalizer = (x - real).abs().mean(each, keepdim=True) + 1e-6  # DMD, equation 8
-            weight = self.sample_weight(u, logit, metrics).reshape(-1, *[1] * len(each))
-            gradient = weight * (fake - real) / normalizer
-            metrics["score_difference"] = (fake - real).abs().mean()
-            metrics["distance_to_teacher"] = normalizer.mean()
-        # The gradient of this loss with respect to x is exactly `gradient` / numel.
-        total = 0.5 * F.mse_loss(x, (x - gradient).detach())
+        config, metrics = self.config, {}
+        x, condition = self.student_sample(draw, grad=True)
+        u, t = self.times(draw, "time")
+        matching, logit = self.matching_loss(x, t, u, condition, draw, metrics)
+        total = config.distribution_weight * matching
         if config.gan_weight > 0:
-            adversarial = F.softplus(-logit).mean()
+            adversarial = -logit.mean() if config.gan_loss == "hinge" else F.softplus(-logit).mean()
             total = total + config.gan_weight * adversarial
             metrics["adversarial"] = adversarial.detach()
-        return Loss(total, metrics)
-
-    def _new_discriminator(self, seed: int) -> FeatureDiscriminator:
-        parameter = next(self.teacher.parameters())
-        x = torch.zeros(1, *self.teacher.sample_shape, device=parameter.device)
-        with torch.no_grad():
-            _, features = self.teacher.forward_with_features(
-                x, torch.ones(1, device=x.device), self.teacher.null_condition(1)
+        if self.pairs is not None:
+            noise, target, paired = self.pairs.batch(draw)
+            x_paired = self.generate(
+                self.roles["student"], noise, paired, lambda step: draw.normal(f"pair{step}", x.shape[1:])
             )
-        with seeded(seed):
-            return FeatureDiscriminator([f.shape[1] for f in features])
+            regression = F.mse_loss(x_paired, target)
+            total = total + config.regression_weight * regression
+            metrics["regression"] = regression.detach()
+        return Loss(total, metrics)

@@ -41,9 +41,9 @@ class FDistill(DMD):
             if not 0.0 <= self.normalizer_decay < 1.0:
                 raise UsageError(f"method.normalizer_decay must be in [0, 1), got {self.normalizer_decay}.")
 
-    def __init__(self, teacher, scheduler_config, data, config: Config, seed: int = 0):
+    def __init__(self, task, config: Config, seed: int = 0):
         self.divergence = get_divergence(config.divergence)
-        super().__init__(teacher, scheduler_config, data, config, seed)
+        super().__init__(task, config, seed)
         self.ratio_means = torch.ones(BINS)
         self.weight_mean = self.divergence.h(torch.ones(()))
         self._seen = torch.zeros(2, BINS)  # this update's sums of r, counts
@@ -60,8 +60,7 @@ class FDistill(DMD):
     def sample_weight(self, u, logit, metrics):
         if self.divergence.name == "reverse-kl":
             return super().sample_weight(u, logit, metrics)
-        low, high = self.config.time_range
-        bins = ((u - low) / (high - low) * BINS).long().clamp_(0, BINS - 1)
+        bins = (u * BINS).long().clamp_(0, BINS - 1)
         ratio = logit.float().clamp(-10.0, 10.0).exp()
         self._seen[0].index_add_(0, bins, ratio)
         self._seen[1].index_add_(0, bins, torch.ones_like(ratio))
