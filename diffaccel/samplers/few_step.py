@@ -3,7 +3,8 @@
 import functools
 import itertools
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,15 +174,12 @@ class FewStepScheduler(PlanScheduler):
 
     Attributes:
         steps: the `FewStep` that it was made from.
-        generator: source of fresh noise for steps that are given none, as some pipelines (SD3, DiT) have it.
 
     Raises:
         UsageError: no timesteps, some off the model's schedule, or see `FewStep`.
     """
 
     __module__ = "diffaccel"
-
-    generator: torch.Generator | list[torch.Generator] | None = None
 
     @configured
     def __init__(
@@ -206,6 +204,7 @@ class FewStepScheduler(PlanScheduler):
                 f"got {list(self.steps.times)}."
             )
         self.init_noise_sigma = self.steps.scale(schedule)
+        self._generator: torch.Generator | list[torch.Generator] | None = None
         self.set_timesteps()
 
     @classmethod
@@ -270,8 +269,20 @@ class FewStepScheduler(PlanScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         """See `PlanScheduler.step`."""
-        generator = self.generator if generator is None else generator
+        if generator is None and self._generator is not None:
+            generator = self._generator
+            if isinstance(generator, list):  # DiT steps both branches of guidance
+                generator = generator * (len(sample) // len(generator))
         return super().step(model_output, timestep, sample, generator, return_dict)
+
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator | list[torch.Generator] | None) -> Iterator[None]:
+        """Inside the block, take fresh noise from here in steps that are given no generator, as those of SD3 and DiT."""
+        before, self._generator = self._generator, generator
+        try:
+            yield
+        finally:
+            self._generator = before
 
     def _rest(self, index: int) -> Sequence[Row]:
         return self._plan.rows[index:]
