@@ -17,7 +17,8 @@ from .training.launch import launch, stored_settings
 from .training.recipes import RunConfig
 from .training.rundir import check_output
 
-_VALIDATION_SAMPLES = 500
+_PART = 100
+_VALIDATION_SAMPLES, _VALIDATION_LATENTS = 500, 200  # the latter where a decoder costs more than a student
 
 
 def distill_model(
@@ -26,18 +27,22 @@ def distill_model(
     *,
     method: str | None = None,
     data: str | None = None,
+    prompts: str | None = None,
+    recipe: str | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Distil a teacher into a one-step student, like `diffaccel distill`.
+    """Distil a teacher into a student of one or a few steps, like `diffaccel distill`.
 
     Args:
         teacher: name in `diffaccel list teachers`, or a model folder.
         output: run folder, new or empty.
-        method: "dmd" or "f-distill"; default: the teacher's recommended one.
-        data: real images for a discriminator: "digits" or a folder.
-        settings: assignments as for ``--set``, such as "trainer.steps=100".
+        method: name in `diffaccel list methods`, or a Python file that registers one; default: the teacher's recommended one.
+        data: real samples: "digits", a folder, "teacher:N" for the teacher's own.
+        prompts: text file with what a text-to-image student is trained to draw.
+        recipe: name in `diffaccel list recipes`; default by teacher and method.
+        settings: assignments as for ``--set``, such as "trainer.steps=100" or "lora=64".
         resume: continue the run in ``output``; settings must be those it was started with.
         progress: show a bar on a terminal.
 
@@ -47,11 +52,11 @@ def distill_model(
     Raises:
         UsageError, DataError, MissingWeightsError, NumericalError, InterruptedRun: one sentence each.
     """
-    wanted = {"teacher": teacher, "data": data, "method": {"name": method} if method else None}
+    wanted = {"teacher": teacher, "data": data, "prompts": prompts, "method": {"name": method} if method else None}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     if resume:
         wanted = stored_settings(Path(output), method) | wanted
-    config = resolve_distillation(wanted, None, list(settings))
+    config = resolve_distillation(wanted, None, list(settings), recipe)
     return run_distillation(config, Path(output), resume, progress=progress)
 
 
@@ -71,7 +76,7 @@ def run_distillation(
     main = is_main_process()
     if main:
         check_output(folder, resume)
-    method = build_method(config)
+    method = build_method(config, say if main else None)
     if main and say:
         name, steps = config.method["name"], config.trainer.steps
         say(f"Distilling {config.teacher!r} with {name} for {steps} steps in {folder}")
@@ -100,19 +105,16 @@ def reference(config: RunConfig) -> str | None:
 def _validator(method, source: str) -> Callable:
     """A function from the averaged student to its Fréchet distance on a fixed set of noise and conditions."""
     monitor = Monitor(source)
-    classes = method.teacher.num_classes
+    pixels = method.task.pipeline is None or not hasattr(method.task.pipeline, "vae")
+    count = _VALIDATION_SAMPLES if pixels else _VALIDATION_LATENTS
 
     def evaluate(model) -> dict[str, float]:
         device = next(model.parameters()).device
-        noise = KeyedRandom(0).normal("validation", 0, 0, _VALIDATION_SAMPLES, model.sample_shape).to(device)
-        labels = torch.arange(_VALIDATION_SAMPLES, device=device)
-        condition = {"class_labels": labels % classes} if classes else None
-        images = torch.cat(
-            [
-                method.generate(model, noise[part], condition and {k: v[part] for k, v in condition.items()})
-                for part in labels.split(100)
-            ]
-        )
-        return monitor(to_uint8(images.cpu()))
+        index = method.conditions.in_turn(0, count, device)
+        images = [
+            method.task.decode(method.generate_keyed(model, KeyedRandom(0), "validation", start, part))
+            for start, part in zip(range(0, count, _PART), index.split(_PART), strict=True)
+        ]
+        return monitor(to_uint8(torch.cat(images).cpu()))
 
     return evaluate

@@ -1,4 +1,4 @@
-"""`diffaccel distill`: a one-step student from a teacher."""
+"""`diffaccel distill`: a student of one or a few steps from a teacher."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +10,46 @@ from ..core.errors import UsageError
 from . import options
 from .output import note, run_folder
 
+_TEXT = "Text-to-image teachers"
+
 
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Name in `diffaccel list teachers`, or a model folder.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="dmd or f-distill; default: the teacher's recommended one.")
+        str | None,
+        typer.Option(
+            help="Name in `diffaccel list methods`, or a Python file that registers one; default: the teacher's."
+        ),
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the method: dmd2, ladd, …; see `list methods`.")] = None,
     divergence: Annotated[str | None, typer.Option(help="f-distill only; see `diffaccel list divergences`.")] = None,
-    data: Annotated[str | None, typer.Option(help="Real images for a discriminator: `digits` or a folder.")] = None,
+    student_steps: Annotated[int | None, typer.Option(help="Network evaluations of the student.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance of the teacher, folded into the student.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Real samples: digits, a folder, or teacher:N for N of the teacher's own.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="What the student learns to draw, a prompt a line; default: the teacher's own, or the captions of --data.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of adapters that are trained in place of whole networks: student, critic and teacher share one "
+            "frozen network.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     output: options.Output = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Packaged settings; see `diffaccel list recipes`.", rich_help_panel="Settings and files"),
+    ] = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
@@ -30,7 +61,7 @@ def distill(
     resume: options.Resume = False,
     quiet: options.Quiet = False,
 ):
-    """Distil a diffusion model into a generator that needs one network evaluation.
+    """Distil a diffusion model into a generator that needs one or a few network evaluations.
 
     The run folder gets config.yaml, metrics.jsonl, sample sheets over time, checkpoints and final/, which
     diffusers.DiffusionPipeline.from_pretrained opens after `import diffaccel`.
@@ -39,11 +70,15 @@ def distill(
 
     - `diffaccel distill --teacher digits`
 
-    - `diffaccel distill --teacher digits --method dmd --seed 1 -o runs/dmd`
-
     - `diffaccel distill --teacher digits --method f-distill --divergence forward-kl`
 
+    - `diffaccel distill --teacher digits --method consistency --student-steps 4 -o runs/cd`
+
     - `diffaccel distill --teacher digits -o runs/dmd --resume`
+
+    - `diffaccel distill --teacher tiny-sd --guidance-scale 3`
+
+    - `diffaccel distill --teacher sd15 --prompts prompts.txt --lora 64 --dry-run`
 
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
@@ -51,11 +86,17 @@ def distill(
     from ..models.teachers import check_adapter
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
-    if divergence is not None and method not in (None, "f-distill"):
+    if divergence is not None and method not in (None, "f-distill", "disback", "multi-student"):
         raise UsageError(f"--divergence belongs to f-distill, not to {method!r}; use --method f-distill.")
-    chosen = {"name": method or (divergence and "f-distill"), "divergence": divergence}
+    chosen = {
+        "name": method or (divergence and "f-distill"),
+        "preset": preset,
+        "divergence": divergence,
+        "student_steps": student_steps,
+        "guidance_scale": guidance_scale,
+    }
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    given = {"teacher": teacher, "data": data, "method": chosen or None}
+    given = {"teacher": teacher, "data": data, "prompts": prompts, "lora": lora, "method": chosen or None}
     flags |= {key: value for key, value in given.items() if value is not None}
     if resume:
         from ..training.launch import stored_settings
@@ -63,9 +104,9 @@ def distill(
         # What this command names lies over what is stored, so that a change is refused instead of ignored.
         stored = stored_settings(output, chosen.get("name"))
         flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
-    run_config = resolve_distillation(flags, config, settings)
+    run_config = resolve_distillation(flags, config, settings, None if resume else recipe)
     check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
-    folder = output or run_folder("distill", run_config.teacher, run_config.method["name"])
+    folder = output or run_folder("distill", run_config.teacher, Path(run_config.method["name"]).stem)
     from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation
 
@@ -78,7 +119,9 @@ def distill(
     if not is_main_process():
         return
     final = folder / "final"
-    typer.echo(f"Finished: {final}, one network evaluation per image")
+    count = run_config.method.get("student_steps", 1)
+    evaluations = "one network evaluation" if count == 1 else f"{count} network evaluations"
+    typer.echo(f"Finished: {final}, {evaluations} per image")
     report = report_student(run_config, folder)
     if report:
         typer.echo(str(report))

@@ -147,9 +147,9 @@ def sample(
     from ..core.processes import is_main_process, rank_and_world, usable_device
 
     device = device and str(usable_device(device))
+    from ..core.captions import METADATA
     from ..core.files import write_atomic
     from ..core.images import save_grid, save_png
-    from ..evaluate.captions import METADATA
     from ..evaluate.sources import LABELS_FILE
     from ..generation import generate
 

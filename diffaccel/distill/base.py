@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -39,11 +40,19 @@ class Distillation(Method):
         guidance_scale: classifier-free guidance of the teacher, folded into the student.
         student_steps: network evaluations of the student.
         student_start: fraction of the schedule at which the student is called first; it sees pure noise there.
+        preset: name in `diffaccel list methods`, whose settings lie under those that are given.
         """
+
+        resting: ClassVar[tuple[str, ...]] = ()  # settings that count steps at the start in which the student rests
 
         guidance_scale: float = 1.0
         student_steps: int = 1
         student_start: float = 1.0
+        preset: str = ""
+
+        def resting_steps(self) -> int:
+            """Training steps at the start in which the student does not learn."""
+            return sum(getattr(self, name) for name in self.resting)
 
         def __post_init__(self):
             if self.student_steps < 1:
@@ -79,6 +88,8 @@ class Distillation(Method):
         self.teacher.to(device)
 
     def begin(self, folder: Path) -> None:
+        if hasattr(self.data, "begin"):  # the teacher's own samples, drawn now
+            self.data.begin(self, folder)
         self._real_moments = self._reference_moments()
 
     def health(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

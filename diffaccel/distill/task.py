@@ -48,4 +48,4 @@ class Task:
         """A trainable network that starts as the teacher: a copy, or an adapter called ``name`` on the shared network."""
         if self.shared is not None:
             return self.shared.adapter(name)
-        return self.teacher.clone().requires_grad_(True)
+        return self.teacher.clone().float().requires_grad_(True)

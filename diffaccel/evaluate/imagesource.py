@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ..core.captions import load_captions
 from ..core.errors import DataError
 from ..core.imagefiles import ImageBatch
 from ..core.images import resize_image
-from .captions import load_captions
 
 
 class ImageSource:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.captions import find_captions, load_captions
 from ..core.errors import DataError
 from ..core.imagefiles import ImageReader, check_records, open_container, summarise
 from ..core.images import EXTENSIONS
 from ..models.data import SPLITS, load_labelled
 from ..models.shipped import ASSETS, check_shipped
-from .captions import find_captions, load_captions
 from .imagesource import ImageSource, TensorSource
 from .modelsource import Generation, ModelSource
 from .statistics import Statistics, load_sample_batch, load_statistics

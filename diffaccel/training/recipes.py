@@ -29,6 +29,8 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     teacher: str | None = None
     data: str | None = None
+    prompts: str | None = None
+    lora: int = 0
     description: str = ""
 
 

@@ -5,6 +5,7 @@ student's own distribution: an estimate of the gradient of KL(student ‖ teache
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,6 @@ WEIGHTINGS = ("normalized", "uniform", "vsd", "score")
 TIMES = ("uniform", "log-normal")
 GAN_LOSSES = ("logistic", "hinge")
 
-PRESETS = {
-    "vsd": {"weighting": "vsd"},
-    "diff-instruct": {"weighting": "uniform", "time_sampling": "log-normal"},
-    "dmd": {"regression_weight": 0.25},
-    "dmd2": {"gan_weight": 1e-3, "critic_steps": 5},
-    "ladd": {"distribution_weight": 0.0, "gan_weight": 1.0, "gan_loss": "hinge"},
-}
-"""Settings that differ from the defaults of `DMD.Config`, by the name of a method in the literature."""
-
 
 class DMD(Distillation):
     """Roles: student, critic (denoiser of the student's samples), discriminator where one is needed."""
@@ -40,6 +32,7 @@ class DMD(Distillation):
         guidance_scale: classifier-free guidance of the teacher, folded into the student.
         student_steps: network evaluations of the student; from two on it is trained on its own earlier states.
         student_start: fraction of the schedule at which the student is called first; it sees pure noise there.
+        preset: name in `diffaccel list methods`, whose settings lie under those that are given.
         critic_steps: critic updates per student update.
         critic_warmup: training steps at the start in which only the critic (and the discriminator) learn.
         time_range: fractions of the schedule's index between which the distributions are matched.
@@ -55,6 +48,8 @@ class DMD(Distillation):
         regression_pairs: number of such pairs, made before training and kept in the run folder.
         regression_steps: network evaluations of the teacher for each.
         """
+
+        resting: ClassVar[tuple[str, ...]] = ("critic_warmup",)
 
         critic_steps: int = 1
         critic_warmup: int = 0

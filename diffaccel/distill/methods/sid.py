@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ...core.errors import UsageError
 from .dmd import DMD
 
 
@@ -18,6 +19,11 @@ class SiD(DMD):
 
         alpha: float = 1.2
         time_range: tuple[float, ...] = (0.02, 0.8)
+
+        def __post_init__(self):
+            super().__post_init__()
+            if not self.distribution_weight > 0:
+                raise UsageError("method.distribution_weight must be positive for sid, whose loss it weighs.")
 
     def matching_loss(self, x, t, u, condition, draw, metrics):
         """(D_teacher − D_critic)·[(D_teacher − x) − α·(D_teacher − D_critic)] / mean|x − D_teacher| per sample."""

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from diffaccel.core.captions import find_captions, load_captions
 from diffaccel.core.errors import DataError, UsageError
-from diffaccel.evaluate.captions import find_captions, load_captions
 
 NAMES = ["0.png", "10.png", "sub/a b.jpg"]
 CAPTIONS = ["a cat", "a dog, “quoted”", "ein Vögelchen"]

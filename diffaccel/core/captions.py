@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from ..core.errors import DataError, UsageError
+from .errors import DataError, UsageError
 
 METADATA = "metadata.jsonl"
 TEXT_KEYS = ("text", "prompt", "caption")  # the first that an entry has
