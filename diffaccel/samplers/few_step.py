@@ -233,6 +233,10 @@ class FewStepScheduler(PlanScheduler):
         """Network calls of a run that was asked for this many steps, a guidance pair counted once."""
         return min(steps, len(self.steps.times))
 
+    def steps_for(self, nfe: int) -> int:
+        """See `PlanScheduler.steps_for`; no more than the list has."""
+        return self.calls(super().steps_for(nfe))
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
