@@ -54,7 +54,7 @@ def root(
 
 
 app.command(name="demo")(demo.demo)
-app.command(name="distill")(distill.distill)
+app.add_typer(distill.app)
 app.command(name="prune")(prune.prune)
 app.command(name="train")(train.train)
 app.command(name="sample")(sample.sample)

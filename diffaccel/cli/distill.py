@@ -12,8 +12,12 @@ from .output import note, run_folder
 
 _TEXT = "Text-to-image teachers"
 
+app = typer.Typer(name="distill", rich_markup_mode="markdown")
 
+
+@app.callback(invoke_without_command=True)
 def distill(
+    context: typer.Context,
     teacher: Annotated[str | None, typer.Option(help="Name in `diffaccel list teachers`, or a model folder.")] = None,
     method: Annotated[
         str | None,
@@ -82,6 +86,11 @@ def distill(
 
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
+    if context.invoked_subcommand:
+        if any(value not in (None, False) for value in context.params.values()):
+            verb = context.invoked_subcommand
+            raise UsageError(f"`diffaccel distill {verb}` takes its options after the word {verb}; see its --help.")
+        return
     from ..distill.run import resolve_distillation
     from ..models.teachers import check_adapter
 
@@ -142,6 +151,6 @@ def _print_plan(method, run_config, folder: Path) -> None:
     typer.echo(f"# teacher {frozen:,} parameters (frozen); " + ", ".join(f"{k} {v:,}" for k, v in parameters.items()))
     typer.echo(f"# weights, gradients, optimisers and average: {memory / 2**20:,.1f} MiB, plus activations")
     typer.echo(
-        f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved.get('data', 'none needed')}"
+        f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved['data'] or 'none needed'}"
     )
     typer.echo(to_yaml(resolved), nl=False)
