@@ -73,6 +73,10 @@ class NetworkDenoiser(Denoiser):
     def feature_modules(self) -> list[nn.Module]:
         """Modules whose outputs, (B, C, h, w) or square (B, tokens, C), describe a noisy sample, in network order."""
 
+    def feature_of(self, output) -> torch.Tensor:
+        """The map or the tokens in what one of `feature_modules` returns."""
+        return output[0] if isinstance(output, tuple) else output
+
     def forward(self, x_t, t, condition=None):
         return self._clean(self.predict(x_t, t, condition), x_t, t)
 
@@ -96,7 +100,7 @@ class NetworkDenoiser(Denoiser):
         features: list[torch.Tensor] = []
 
         def keep(_module, _inputs, output):
-            value = (output[0] if isinstance(output, tuple) else output).float()
+            value = self.feature_of(output).float()
             if value.ndim == 3:  # the tokens of a square
                 value = value.transpose(1, 2).unflatten(2, (round(value.shape[1] ** 0.5), -1))
             # Contiguous: attention blocks return channels-last strides, on which torch 2.13's CPU group norm crashes in

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError, MissingWeightsError, UsageError, unknown
+from .layouts import LAYOUTS
 from .quiet import quiet_diffusers, quiet_transformers
 from .shipped import ASSETS, check_shipped
 
@@ -20,7 +21,7 @@ class TeacherInfo:
     licence: of the weights.
     data: name of the real images that belong to it, or "".
     method: recommended distillation method.
-    pixels: whether it is a pixel model, which this version can distil.
+    distils: whether this version can distil it.
     """
 
     name: str
@@ -30,25 +31,27 @@ class TeacherInfo:
     licence: str
     data: str = ""
     method: str = "dmd"
-    pixels: bool = False
+    distils: bool = True
 
 
-_SCHEDULERS_ONLY = "Note that this version distils pixel models only; what it has for this one are samplers, guidance, search and evaluation."
+_NOT_DISTILLED = (
+    "Note that this version cannot distil it; what it has for this one are samplers, guidance, search and evaluation."
+)
 TEACHERS = {
     info.name: info
     for info in (
-        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "", "Apache-2.0", "digits", pixels=True),
-        TeacherInfo("digits-flow", "8×8 digits, ten classes, rectified-flow transformer of 1.2 M parameters", "", "", "Apache-2.0", "digits", pixels=True),
-        TeacherInfo("mnist", "28×28 digits, ten classes, pixel U-Net of 0.69 M parameters", "", "", "Apache-2.0", "mnist", pixels=True),
+        TeacherInfo("digits", "8×8 digits, ten classes, pixel U-Net of 0.18 M parameters", "", "", "Apache-2.0", "digits"),
+        TeacherInfo("digits-flow", "8×8 digits, ten classes, rectified-flow transformer of 1.2 M parameters", "", "", "Apache-2.0", "digits"),
+        TeacherInfo("mnist", "28×28 digits, ten classes, pixel U-Net of 0.69 M parameters", "", "", "Apache-2.0", "mnist"),
         TeacherInfo("tiny-sd", "text to 64×64 emoji, latent U-Net of 9.3 M parameters, Stable Diffusion's layout", "", "", "Apache-2.0", "emoji"),
         TeacherInfo("sd15", "Stable Diffusion 1.5, text to 512×512", "stable-diffusion-v1-5/stable-diffusion-v1-5", "2.7 GB", "CreativeML OpenRAIL-M"),
         TeacherInfo("sd21", "Stable Diffusion 2.1, text to 768×768", "stabilityai/stable-diffusion-2-1", "2.6 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("sdxl", "Stable Diffusion XL, text to 1024×1024", "stabilityai/stable-diffusion-xl-base-1.0", "6.9 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("sd3", "Stable Diffusion 3 medium, flow transformer", "stabilityai/stable-diffusion-3-medium-diffusers", "16 GB", "Stability AI Community (gated)"),
-        TeacherInfo("flux", "FLUX.1 dev, flow transformer", "black-forest-labs/FLUX.1-dev", "34 GB", "FLUX.1 dev non-commercial (gated)"),
+        TeacherInfo("flux", "FLUX.1 dev, flow transformer", "black-forest-labs/FLUX.1-dev", "34 GB", "FLUX.1 dev non-commercial (gated)", distils=False),
         TeacherInfo("pixart", "PixArt-α, text to 1024×1024", "PixArt-alpha/PixArt-XL-2-1024-MS", "22 GB", "CreativeML OpenRAIL++-M"),
         TeacherInfo("dit", "DiT-XL/2, ImageNet classes to 256×256", "facebook/DiT-XL-2-256", "3.0 GB", "CC BY-NC 4.0"),
-        TeacherInfo("ddpm-cifar10", "DDPM, unconditional 32×32 pixels", "google/ddpm-cifar10-32", "0.14 GB", "Apache-2.0", pixels=True),
+        TeacherInfo("ddpm-cifar10", "DDPM, unconditional 32×32 pixels", "google/ddpm-cifar10-32", "0.14 GB", "Apache-2.0"),
     )
 }  # fmt: skip
 
@@ -89,7 +92,7 @@ def resolve_teacher(name_or_path: str) -> tuple[Path, TeacherInfo | None]:
             f"They are the hub repository {info.repository}, about {info.size}, licence: {info.licence}. "
             f"Fetch them with `hf download {info.repository}`, or, if you have a copy in diffusers layout, "
             f"type its folder, /path/to/folder, in place of {info.name!r}."
-            + ("" if info.pixels else f" {_SCHEDULERS_ONLY}")
+            + ("" if info.distils else f" {_NOT_DISTILLED}")
         )
     return Path(cached).parent, info
 
@@ -154,27 +157,23 @@ def check_adapter(name_or_path: str) -> None:
         UsageError, DataError, MissingWeightsError: as `load_denoiser`.
     """
     index = read_index(resolve_teacher(name_or_path)[0])
-    if not _is_pixel_model(index):
+    if not _is_pixel_model(index) and index.get("_class_name") not in LAYOUTS:
         raise UsageError(
-            f"{name_or_path} is a {index.get('_class_name')}; training works with pixel models "
-            "(UNet2DModel or DiTTransformer2DModel: digits, digits-flow, mnist, DDPM-type folders) in this version."
+            f"{name_or_path} is a {index.get('_class_name')}; distillation works with pixel models (UNet2DModel or "
+            "DiTTransformer2DModel: digits, digits-flow, mnist, DDPM-type folders) and with folders of "
+            f"{', '.join(name for name, layout in LAYOUTS.items() if layout.latent)}."
         )
 
 
 def denoiser_of(pipeline):
-    """The Denoiser of an opened pixel pipeline; it shares the pipeline's network.
+    """The Denoiser of an opened pipeline; it shares the pipeline's network. See `opened.open_teacher` for the rest of it.
 
     Raises:
-        UsageError: a noise schedule that is neither VP nor a flow.
+        UsageError: as `opened.open_teacher`.
     """
-    from ..core.schedule import EDM, Flow, from_diffusers
-    from .pixel import PixelDenoiser
+    from .opened import open_teacher
 
-    schedule = from_diffusers(pipeline.scheduler)
-    if isinstance(schedule, EDM):
-        raise UsageError("EDM-preconditioned networks are not supported; only VP (DDPM) and flow models are.")
-    default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
-    return PixelDenoiser(pipeline.network, schedule, pipeline.scheduler.config.get("prediction_type") or default)
+    return open_teacher(pipeline).denoiser
 
 
 def _is_pixel_model(index: dict) -> bool:

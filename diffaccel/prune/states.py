@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..core.errors import UsageError
-from ..core.schedule import Flow, from_diffusers
 from ..models.conditioning import PromptConditioning, conditioning_of
 from ..models.denoiser import Condition, Guided, NetworkDenoiser
 from ..models.networks import NETWORKS, network_of
+from ..models.opened import parametrisation
 from ..models.teachers import denoiser_of
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
 from ..search.subjects import DenoiserSubject, fine_plan
@@ -45,11 +45,9 @@ def recoverable(pipe, prompts: Sequence[str] | None = None) -> tuple[NetworkDeno
         or net.config.class_embed_type
     ):
         raise _not_recoverable(pipe)
-    schedule = from_diffusers(pipe.scheduler)
-    default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
-    kind = pipe.scheduler.config.get("prediction_type") or default
     states = encode_prompts(pipe.tokenizer, pipe.text_encoder, ["", *conditioning.prompts]).to(net.device)
-    return UNetConditionDenoiser(net, schedule, kind, states[0]), {"encoder_hidden_states": states[1:]}
+    denoiser = UNetConditionDenoiser(net, *parametrisation(pipe.scheduler), {"encoder_hidden_states": states[0]})
+    return denoiser, {"encoder_hidden_states": states[1:]}
 
 
 def piped(pipe, network):

@@ -98,7 +98,7 @@ class EmojiTextToImage(Method):
         if config.start:
             begun = _opened(config.start, lambda path: UNet2DConditionModel.from_pretrained(path, subfolder="unet"))
             load_module(net, begun.state_dict(), config.start)
-        null = encode_prompts(self.tokenizer, self.text_encoder, [""])[0]
+        null = {"encoder_hidden_states": encode_prompts(self.tokenizer, self.text_encoder, [""])[0]}
         schedule = from_diffusers(self.scheduler)
         self.roles = {"model": UNetConditionDenoiser(net, schedule, config.prediction_type, null)}
         self._encode()
@@ -125,7 +125,7 @@ class EmojiTextToImage(Method):
         index = self.pictures.draw(draw.uniform("concept"), draw.uniform("variant"))
         own = [self.place[text] for text in self.pictures.captions_of(index, draw.uniform("caption"))]
         dropped = draw.uniform("null") < self.config.null_probability
-        states = torch.where(dropped[:, None, None], model.null_states, self.states[own])
+        states = torch.where(dropped[:, None, None], model.null_encoder_hidden_states, self.states[own])
         index = index.to(self.latents.device)
         x0 = self.latents[index] + self.spread[index] * draw.normal("posterior", model.sample_shape)
         t = model.schedule.time(draw.stratified("time"))
@@ -140,7 +140,9 @@ class EmojiTextToImage(Method):
             list(SHOWN),
             num_inference_steps=self.config.sampling_steps,
             guidance_scale=self.config.guidance_scale,
-            latents=random.normal("picture", 0, 0, len(SHOWN), model.sample_shape).to(model.null_states.device),
+            latents=random.normal("picture", 0, 0, len(SHOWN), model.sample_shape).to(
+                model.null_encoder_hidden_states.device
+            ),
             output_type="pt",
         ).images
         return to_unit_range((images * 255.0).round())

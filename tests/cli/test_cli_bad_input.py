@@ -241,11 +241,11 @@ def test_pickled_weights_are_not_opened(refuse, teacher_copy):
         refuse(DATA, "safetensors", *arguments)
 
 
-def test_text_to_image_teachers_are_named_as_not_yet(refuse, tmp_path):
-    (tmp_path / "sd").mkdir()
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index))
-    refuse(USAGE, ["StableDiffusionPipeline", "UNet2DModel"], "distill", "--teacher", "sd")
+def test_teachers_without_an_adapter_are_refused_with_those_that_have_one(refuse, tmp_path):
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    refuse(USAGE, ["FluxPipeline", "UNet2DModel", "StableDiffusionPipeline"], "distill", "--teacher", "flux/")
 
 
 # Numbers that run away.

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +20,7 @@ from pipelines import PIPELINES
 
 from diffaccel.core.errors import DataError, MissingWeightsError, UsageError
 from diffaccel.core.schedule import Flow
+from diffaccel.models.layouts import LAYOUTS
 from diffaccel.models.pipeline import ClassConditionalPipeline
 from diffaccel.models.teachers import (
     TEACHERS,
@@ -43,6 +45,7 @@ def test_missing_weights_say_what_to_do(name, monkeypatch, tmp_path):
     text = str(error.value)
     assert TEACHERS[name].repository in text and TEACHERS[name].size in text and TEACHERS[name].licence in text
     assert f"in place of {name!r}" in text and "hf download" in text
+    assert ("cannot distil it" in text) == (name == "flux")
 
 
 def test_an_unconditional_ddpm_folder_opens_and_generates(tmp_path):
@@ -55,12 +58,19 @@ def test_an_unconditional_ddpm_folder_opens_and_generates(tmp_path):
     assert denoiser.prediction_type == "epsilon" and denoiser.sample_shape == (1, 8, 8)
 
 
-def test_folders_that_are_not_pixel_models_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.latent])
+def test_folders_are_judged_by_their_index_alone(name, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "vae": ["diffusers", "AutoencoderKL"]}))
+    check_adapter(str(tmp_path))
+    assert type(getattr(diffusers, name)) is type, "a class of diffusers"
+
+
+def test_folders_without_an_adapter_are_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="model_index"):
         resolve_teacher(str(tmp_path))
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UsageError, match="StableDiffusionPipeline"):
+    with pytest.raises(UsageError, match=r"FluxPipeline; .*UNet2DModel .* StableDiffusion3Pipeline"):
         check_adapter(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
@@ -107,6 +117,11 @@ def test_a_text_model_stored_in_half_precision_computes_in_single_precision(tmp_
     assert {part.dtype for part in (again.unet, again.vae, again.text_encoder)} == {torch.float32}
     images = again("a", num_inference_steps=1, output_type="np").images
     assert images.shape[-1] == 3
+    denoiser = load_denoiser(str(tmp_path))
+    assert (
+        denoiser.prediction_type == "epsilon"
+        and denoiser.null_condition(1)["encoder_hidden_states"].dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae"])
