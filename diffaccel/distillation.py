@@ -8,6 +8,7 @@ import torch
 from .core.images import to_uint8
 from .core.processes import is_main_process
 from .core.rng import KeyedRandom
+from .distill.export import add_metrics
 from .distill.run import build_method, resolve_distillation
 from .evaluate.monitor import Monitor
 from .evaluate.report import Report
@@ -87,12 +88,14 @@ def run_distillation(
 
 
 def report_student(config: RunConfig, folder: Path) -> Report | None:
-    """Measure final/ against the run's real images and write report.json; None where there are none."""
+    """Measure final/ against the run's real images, write report.json and tell its card; None where there are none."""
     source = reference(config)
     if not source:
         return None
     report = evaluate_fid(folder / "final", source, num=1000, seed=1)
     report.save(folder / "report.json")
+    features = ", ".join(entry["name"] for entry in report.features)
+    add_metrics(folder / "final", {f"Fréchet distance in {features}, N = 1000, against {source}": report.value})
     return report
 
 
