@@ -1,22 +1,24 @@
-"""Pairs of noise and the image that the teacher's probability flow makes of it, drawn once and kept in the run folder."""
+"""Pairs of noise and the sample that the teacher's probability flow makes of it, drawn once and kept in the run folder."""
 
+import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from ..core.files import atomic_directory, verify_manifest
 from ..core.grids import make_grid
-from ..core.processes import is_main_process
+from ..core.processes import Processes, is_main_process
 from ..core.rng import KeyedRandom
 from ..models.denoiser import Condition, Denoiser
 from ..samplers.log_snr import dpm_solver_plan
 from ..samplers.sample import sample
 from .task import Task
 
-_BATCH = 64
+PART = 256  # pairs that are written at once: no more are lost by a kill
+_NUMBERS = 2**18  # in a batch of samples: 64 of 4096 or fewer, 16 latents of 4×64×64
 
 
 @torch.no_grad()
@@ -29,57 +31,61 @@ def solve(
 
 
 class PairCache:
-    """Pairs (noise, clean sample) of all conditions of a task in turn.
+    """Pairs (noise, clean sample) of all conditions of a task in turn; drawing them is shared by all processes.
+
+    The noise is a function of the seed and the pair's number, so only clean samples are stored: folders part-XXXX of `PART`
+    each. What is there and intact is not drawn again.
 
     Args:
-        folder: where they are kept; made if it is not there or not intact.
+        folder: where they are kept.
         task: what is distilled.
         real: the guided teacher.
         count: number of pairs.
         steps: network evaluations of the teacher for each, twice that under guidance.
         seed: of the noise.
-        say: takes one line before they are made.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        task: Task,
-        real: Denoiser,
-        count: int,
-        steps: int,
-        seed: int,
-        say: Callable[[str], None] | None = None,
-    ):
-        self.conditions = task.conditions
-        if not folder.is_dir() or verify_manifest(folder):
-            if say:
-                say(f"Drawing {count} pairs of noise and image from the teacher, {steps} steps each")
-            tensors = self._draw(task, real, count, steps, KeyedRandom(seed))
-            if is_main_process():
-                shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-                with atomic_directory(folder) as temporary:
-                    save_file(tensors, temporary / "pairs.safetensors")
-        else:
-            tensors = load_file(folder / "pairs.safetensors")
-        self.noise, self.x0, self.index = tensors["noise"], tensors["x0"], tensors["index"]
+    def __init__(self, folder: Path, task: Task, real: Denoiser, count: int, steps: int, seed: int):
+        self.conditions, self.shape, self.random = task.conditions, task.teacher.sample_shape, KeyedRandom(seed)
+        self.real, self.steps, self.shift = real, steps, task.scheduler_config.get("shift") or 1.0
+        device = next(task.teacher.parameters()).device
+        starts = range(0, count, PART)
+        folders = [folder / f"part-{number:04d}" for number in range(len(starts))]
+        processes = Processes(str(device))
+        missing = [number for number, path in enumerate(folders) if verify_manifest(path)]
+        missing = processes.gather_json(missing)[0]  # all draw what the main process misses
+        parts = {n: load_file(path / "samples.safetensors")["x0"] for n, path in enumerate(folders) if n not in missing}
+        turns = range(0, len(missing), processes.world)
+        for turn in tqdm(
+            turns, "Drawing pairs of the teacher", disable=None if is_main_process() else True, leave=False
+        ):
+            own = missing[turn + processes.rank : turn + processes.rank + 1]
+            drawn = [self._draw(starts[n], min(PART, count - starts[n]), device) for n in own]
+            x0 = drawn[0] if drawn else torch.empty(0, *self.shape)
+            for number, found in zip(missing[turn:], processes.each({"x0": x0}), strict=False):
+                parts[number] = found["x0"]
+                if is_main_process():
+                    shutil.rmtree(folders[number], ignore_errors=True)  # a damaged one
+                    with atomic_directory(folders[number]) as temporary:
+                        save_file(found, temporary / "samples.safetensors")
+        self.x0 = torch.cat([parts[number] for number in range(len(starts))])
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.x0)
 
     def batch(self, draw) -> tuple[torch.Tensor, torch.Tensor, Condition | None]:
         """(noise, clean sample, condition) of one micro-batch (a `training.method.Draw`)."""
         chosen = draw.integers("pairs", len(self)).cpu()
-        noise, x0, index = (value[chosen].to(draw.device) for value in (self.noise, self.x0, self.index))
-        return noise, x0, self.conditions.at(index)
+        noise = torch.cat([self._noise(number, 1) for number in chosen.tolist()])
+        index = (chosen % self.conditions.count).to(draw.device)
+        return noise.to(draw.device), self.x0[chosen].to(draw.device), self.conditions.at(index)
 
-    def _draw(self, task: Task, real: Denoiser, count: int, steps: int, random: KeyedRandom) -> dict:
-        device = next(task.teacher.parameters()).device
-        everything = torch.arange(count) % self.conditions.count
-        noise = random.normal("pairs", 0, 0, count, task.teacher.sample_shape)
-        shift = task.scheduler_config.get("shift") or 1.0
-        x0 = [
-            solve(real, part.to(device), self.conditions.at(index.to(device)), steps, shift).cpu()
-            for part, index in zip(noise.split(_BATCH), everything.split(_BATCH), strict=True)
-        ]
-        return {"noise": noise, "x0": torch.cat(x0), "index": everything}
+    def _noise(self, start: int, count: int) -> torch.Tensor:
+        return self.random.normal("pairs", 0, start, count, self.shape)
+
+    def _draw(self, start: int, count: int, device: torch.device) -> torch.Tensor:
+        """Clean samples (count, …) of the pairs from ``start`` on."""
+        size = max(1, min(64, _NUMBERS // math.prod(self.shape)))
+        index = (torch.arange(start, start + count) % self.conditions.count).to(device)
+        parts = zip(self._noise(start, count).to(device).split(size), index.split(size), strict=True)
+        return torch.cat([solve(self.real, z, self.conditions.at(i), self.steps, self.shift).cpu() for z, i in parts])
