@@ -10,6 +10,7 @@ from .core.processes import is_main_process
 from .core.rng import KeyedRandom
 from .distill.export import add_metrics
 from .distill.run import build_method, resolve_distillation
+from .distill.samples import drawn_count
 from .evaluate.monitor import Monitor
 from .evaluate.report import Report
 from .evaluate.run import evaluate_fid
@@ -100,9 +101,10 @@ def report_student(config: RunConfig, folder: Path) -> Report | None:
 
 
 def reference(config: RunConfig) -> str | None:
-    """Real images to measure against: the teacher's own data set, or what the run was given."""
+    """Real images to measure against: the teacher's own data set, or what the run was given; None for no real ones."""
     info = TEACHERS.get(config.teacher)
-    return (info.data if info else "") or config.data
+    given = None if config.data and drawn_count(config.data) else config.data
+    return (info.data if info else "") or given
 
 
 def _validator(method, source: str) -> Callable:

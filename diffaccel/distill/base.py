@@ -10,7 +10,9 @@ from torch import nn
 
 from ..core.errors import UsageError
 from ..core.rng import KeyedRandom
+from ..models.conditions import PromptConditions
 from ..models.denoiser import Condition, Guided, NetworkDenoiser
+from ..models.prompts import save_prompts
 from ..samplers.few_step import FewStep, FewStepScheduler
 from ..training.method import Draw, Method
 from .pairs import solve
@@ -201,3 +203,5 @@ class Distillation(Method):
         from .export import save_student  # not needed before the end
 
         save_student(self.task, model, self.scheduler(), folder)
+        if isinstance(self.conditions, PromptConditions):
+            save_prompts([self.conditions.names[index] for index in self.conditions.members.tolist()], folder)

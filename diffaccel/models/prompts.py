@@ -43,6 +43,12 @@ def own_prompts(name_or_path: str) -> list[str] | None:
     return _read(file) if file.is_file() else None
 
 
+def save_prompts(prompts: list[str], folder: Path) -> None:
+    """Write the prompts that a text-to-image model was trained on into its folder, as `own_prompts` finds them."""
+    text = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
+    (folder / _FILE).write_text(text, encoding="utf-8")
+
+
 def _read(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")

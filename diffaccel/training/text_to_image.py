@@ -14,6 +14,7 @@ from ..core.rng import KeyedRandom, seeded
 from ..core.schedule import from_diffusers
 from ..models.emoji import load_emoji
 from ..models.emoji_encoder import EmojiEncoder, load_emoji_encoder, save_tokenizer
+from ..models.prompts import save_prompts
 from ..models.quiet import quiet_transformers
 from ..models.shipped import ASSETS, check_shipped
 from ..models.unet_condition import UNetConditionDenoiser, encode_prompts
@@ -151,8 +152,7 @@ class EmojiTextToImage(Method):
         with quiet_transformers():
             self._pipeline(model).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder / "tokenizer")
-        captions = (self.pictures.captions[index][0] for index in self.pictures.reference())
-        (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+        save_prompts([self.pictures.captions[index][0] for index in self.pictures.reference()], folder)
 
     def _pipeline(self, model: UNetConditionDenoiser) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
