@@ -9,8 +9,9 @@ from .core.images import to_uint8
 from .core.processes import is_main_process
 from .core.rng import KeyedRandom
 from .distill.export import add_metrics
-from .distill.run import build_method, resolve_distillation
+from .distill.run import build_method, card_facts, resolve_distillation
 from .distill.samples import drawn_count
+from .distill.student_runs import assemble_finished, student_folder, train_students, trains_all
 from .evaluate.monitor import Monitor
 from .evaluate.report import Report
 from .evaluate.run import evaluate_fid
@@ -71,10 +72,22 @@ def run_distillation(
 ) -> Path:
     """Train a resolved run in ``folder`` and return its final/ folder.
 
+    Several students are trained one after the other in folders of their own, student-0 and so on, and assembled in final/. A
+    run of one of them assembles all once it is the last to finish.
+
     Args:
         say: takes one line about what starts; None for silence.
         progress: show a bar on a terminal; default: if ``say`` is given.
     """
+    bar = bool(say) if progress is None else progress
+    if trains_all(config):
+
+        def train(one: RunConfig, own: Path, again: bool) -> Path:
+            return run_distillation(one, own, again, say, bar)
+
+        return train_students(config, folder, train, resume, say, card_facts(config))
+    if config.method.get("student") is not None:
+        folder = student_folder(folder, config.method["student"])
     main = is_main_process()
     if main:
         check_output(folder, resume)
@@ -84,8 +97,15 @@ def run_distillation(
         say(f"Distilling {config.teacher!r} with {name} for {steps} steps in {folder}")
     source = reference(config)
     evaluator = _validator(method, source) if source else None
-    bar = bool(say) if progress is None else progress
-    return launch(method, config, folder, resume, evaluator, progress=main and bar)
+    final = launch(method, config, folder, resume, evaluator, progress=main and bar)
+    if (
+        config.method.get("student") is not None
+        and assemble_finished(folder.parent, card_facts(config))
+        and main
+        and say
+    ):
+        say(f"All students are finished: {folder.parent / 'final'}")
+    return final
 
 
 def report_student(config: RunConfig, folder: Path) -> Report | None:

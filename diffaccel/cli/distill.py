@@ -124,14 +124,13 @@ def distill(
 
         _print_plan(build_method(run_config), run_config, folder)
         return
-    run_distillation(run_config, folder, resume, say=None if quiet else note)
+    final = run_distillation(run_config, folder, resume, say=None if quiet else note)
     if not is_main_process():
         return
-    final = folder / "final"
     count = run_config.method.get("student_steps", 1)
     evaluations = "one network evaluation" if count == 1 else f"{count} network evaluations"
     typer.echo(f"Finished: {final}, {evaluations} per image")
-    report = report_student(run_config, folder)
+    report = report_student(run_config, final.parent)
     if report:
         typer.echo(str(report))
     if not quiet:

@@ -128,7 +128,7 @@ def build_task(config: RunConfig, say: Callable[[str], None] | None = None):
         pipeline=pipeline,
         decode=opened.decode,
         shared=shared,
-        facts=_facts(config),
+        facts=card_facts(config),
     )
 
 
@@ -142,7 +142,7 @@ def _labelled(source: str, opened, conditions):
     return images if pixels else encoded_classes(opened, images, conditions)
 
 
-def _facts(config: RunConfig) -> dict[str, Any]:
+def card_facts(config: RunConfig) -> dict[str, Any]:
     """What the model card of a student says of its run."""
     info, method = TEACHERS.get(config.teacher), get_method(config.method["name"])
     return {
