@@ -172,6 +172,6 @@ def differences(
         before, after, name = old.get(key), new.get(key), f"{path}{key}"
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{name}.", ignore=ignore, additions=additions)
-        elif before != after and name not in ignore and (additions or before is not None):
+        elif before != after and name not in ignore and (additions or key in old):
             lines.append(f"{name}: {before!r} -> {after!r}")
     return lines

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,12 @@ SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8})")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's per-parameter state as flat tensors "index.name"; hyper-parameters belong to the config."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value.contiguous() for index, entry in state.items() for key, value in entry.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of `optimizer_tensors`."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], record: dict[str, Any], keep: int
 ) -> Path:
     """Write folder/step-XXXXXXXX with one safetensors file per entry of ``tensors``; then drop all but ``keep``.
+
+    Later ones are dropped too: they were passed over when the run was resumed, and must not outlive good ones.
 
     Args:
         tensors: file name without ending → tensors by name.
@@ -49,8 +37,10 @@ def save_checkpoint(
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
         (temporary / "trainer.json").write_text(json.dumps({"schema": SCHEMA, "step": step, **record}, indent=2) + "\n")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    found = list_checkpoints(folder)
+    here = found.index(target) + 1
+    for other in found[: max(0, here - keep)] + found[here:]:
+        shutil.rmtree(other)
     return target
 
 
@@ -59,25 +49,34 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def latest_checkpoint(folder: Path, warn) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every file matches its manifest, with its trainer.json; None if there is none.
+def load_newest(folder: Path, load: Callable[[Path], None], warn: Callable[[str], object]) -> int:
+    """Load the newest checkpoint that is intact and fits; return its step, 0 if the folder has no checkpoint.
 
     Args:
-        warn: called with one sentence for each newer checkpoint that had to be passed over.
+        load: loads a checkpoint that is intact; raises DataError if it does not fit.
+        warn: called with one sentence for each checkpoint that had to be passed over.
 
     Raises:
-        DataError: the checkpoint was written by a newer version of the package.
+        DataError: there are checkpoints, but none that can be used, or one of a newer version of the package.
     """
-    for path in reversed(list_checkpoints(folder)):
+    found = list_checkpoints(folder)
+    for path in reversed(found):
         problems = verify_manifest(path)
-        if problems:
-            warn(f"Passing over the damaged checkpoint {path.name}: {problems[0]}")
-            continue
-        record = json.loads((path / "trainer.json").read_text())
-        if record["schema"] > SCHEMA:
-            raise DataError(f"{path} has checkpoint schema {record['schema']}; this version reads up to {SCHEMA}.")
-        return path, record
-    return None
+        if not problems:
+            record = json.loads((path / "trainer.json").read_text())
+            if record["schema"] > SCHEMA:
+                raise DataError(f"{path} has checkpoint schema {record['schema']}; this version reads up to {SCHEMA}.")
+            try:
+                load(path)
+                return record["step"]
+            except DataError as error:
+                problems = [str(error)]
+        warn(f"Passing over the checkpoint {path.name}: {problems[0]}")
+    if found:
+        raise DataError(
+            f"None of the checkpoints in {folder} can be used; the oldest: {problems[0]} Start a new run in another folder."
+        )
+    return 0
 
 
 def read_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
@@ -99,7 +98,19 @@ def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sourc
     Raises:
         DataError: names or shapes differ; the first few are listed.
     """
-    own = module.state_dict()
+    check_tensors(module.state_dict(), tensors, source)
+    module.load_state_dict(tensors)
+
+
+def check_tensors(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors that have other names or shapes than one's own.
+
+    Args:
+        source: what the tensors are, for the error.
+
+    Raises:
+        DataError: the first few differences are listed.
+    """
     wrong = [f"{key} is missing" for key in own if key not in tensors]
     wrong += [f"{key} is not expected" for key in tensors if key not in own]
     wrong += [
@@ -107,7 +118,11 @@ def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sourc
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
     ]
+    refuse(wrong, source)
+
+
+def refuse(wrong: list[str], source: str) -> None:
+    """Raise the DataError that lists the first few of what is wrong, if anything is."""
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}.")
-    module.load_state_dict(tensors)

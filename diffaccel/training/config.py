@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from ..core.errors import UsageError, unknown
 
+TRACKERS = ("none", "tensorboard", "wandb")
+
 
 @dataclass
 class OptimizerConfig:
@@ -44,18 +46,29 @@ class OptimizerConfig:
 
 @dataclass
 class TrainerConfig:
-    """Attributes:
-    steps: training steps (updates of the main role).
-    batch_size: samples per update over all processes and micro-batches.
-    micro_batches: gradient accumulation: parts that each process splits its share of a batch into.
-    seed: of everything random.
-    ema: decay of the moving average of the main role.
-    optimizers: settings by role name.
-    log_every, sample_every, checkpoint_every: intervals in training steps; 0 for sample/checkpoint means only at the end.
-    keep: number of checkpoints kept.
-    device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
-    precision: "no" (float32) or "bf16" (autocast).
-    threads: CPU threads; 0 leaves torch's default. More than one only pays where nothing else runs.
+    """Settings of the loop.
+
+    Attributes:
+        steps: training steps (updates of the main role).
+        batch_size: samples per update over all processes and micro-batches.
+        micro_batches: gradient accumulation: parts that each process splits its share of a batch into; less memory for
+            the same result.
+        seed: of everything random.
+        ema: decay of the moving average of the main role.
+        optimizers: settings by role name.
+        eight_bit: optimiser moments in 8 bits (bitsandbytes): 2 instead of 8 bytes a trained parameter, and another
+            result.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them: about a third more
+            time, the same result.
+        log_every, sample_every, checkpoint_every: intervals in training steps; 0 for sample/checkpoint means only at the
+            end.
+        keep: number of checkpoints kept.
+        tracker: where scalars and pictures go beside metrics.jsonl and samples/: "none", "tensorboard" (event files in the
+            run's folder tensorboard/) or "wandb" (project diffaccel, or WANDB_PROJECT).
+        device: "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
+        precision: "no" (float32) or "bf16" (networks compute in bfloat16 where autocast lets them; weights, gradients and
+            moments stay float32).
+        threads: CPU threads; 0 leaves torch's default. More than one only pays where nothing else runs.
     """
 
     steps: int = 1000
@@ -64,10 +77,13 @@ class TrainerConfig:
     seed: int = 0
     ema: float = 0.99
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+    eight_bit: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 10
     sample_every: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    tracker: str = "none"
     device: str = "auto"
     precision: str = "no"
     threads: int = 0
@@ -81,7 +97,7 @@ class TrainerConfig:
                 raise UsageError(f"trainer.{name} must not be negative, got {getattr(self, name)}.")
         if not 0.0 <= self.ema < 1.0:
             raise UsageError(f"trainer.ema must be in [0, 1), got {self.ema}.")
-        if self.precision not in ("no", "bf16"):
-            raise unknown("trainer.precision", self.precision, ("no", "bf16"))
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise unknown("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        choices = {"precision": ("no", "bf16"), "device": ("auto", "cpu", "cuda"), "tracker": TRACKERS}
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise unknown(f"trainer.{name}", getattr(self, name), valid)

@@ -9,7 +9,8 @@ from torch import nn
 class EMA:
     """A frozen copy of a module that follows it: ema ← d·ema + (1−d)·weights, d = min(decay, (1+n)/(10+n)).
 
-    The warm-up of d keeps the first updates from being dominated by the initial weights.
+    The warm-up of d keeps the first updates from being dominated by the initial weights. A `copy.deepcopy` of the module
+    must have its own copy of every parameter and buffer that the module lists; what it does not list may stay shared.
     """
 
     def __init__(self, module: nn.Module, decay: float):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.config import read_yaml
-from ..core.errors import UsageError
+from ..core.errors import DiffaccelError, UsageError
 from .method import Method
 from .recipes import RunConfig, complete
 from .rundir import RunDirectory, changed_settings, check_output
@@ -51,9 +51,13 @@ def launch(
     """
     accelerator = prepare(config.trainer)
     settings = complete(config, list(method.roles))
-    with RunDirectory(output, settings, resume, writes=accelerator.is_main_process) as run:
-        trainer = Trainer(method, config.trainer, run, accelerator, evaluator, progress)
-        if resume:
-            trainer.restore()
-        trainer.fit()
+    try:
+        with RunDirectory(output, settings, resume, writes=accelerator.is_main_process) as run:
+            trainer = Trainer(method, config.trainer, run, accelerator, evaluator, progress)
+            if resume:
+                trainer.restore()
+            trainer.fit()
+    except DiffaccelError as error:
+        vars(error).setdefault("told_elsewhere", not accelerator.is_main_process)  # what all find, the first says
+        raise
     return output / "final"

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from ..core.errors import UsageError
 from ..core.rng import KeyedRandom
 
 
@@ -77,12 +78,19 @@ class Loss:
     total: torch.Tensor
     metrics: dict[str, torch.Tensor | float] = field(default_factory=dict)
 
+    def detached(self) -> "Loss":
+        """The same numbers without their graph; the total in float32."""
+        metrics = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in self.metrics.items()}
+        return Loss(self.total.detach().float(), metrics)
+
 
 class Method(ABC):
     """Base of training methods. Leaves define a ``Config`` dataclass and the hooks below.
 
     Attributes:
-        roles: trainable networks by name; frozen helpers (a teacher) are ordinary attributes.
+        roles: trainable networks by name; frozen helpers (a teacher) are ordinary attributes. What requires no gradient
+            when training starts is never trained. A role may hold something shared and frozen (the base of an adapter),
+            if `parameters`, `state_dict` and `copy.deepcopy` leave it out and the trained rest is complete without it.
         main_role: the role whose moving average is sampled, exported and evaluated.
         reference: real images that the exported pipeline is measured against, as `evaluate` takes them; "" for none.
         drawing: settings of `evaluate` with which it is drawn from for that.
@@ -126,8 +134,29 @@ class Method(ABC):
             folder: the run's folder, the same when the run is resumed; caches belong in a folder of their own in it.
         """
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Make the network ``net`` of each role that has one compute its activations again in the backward pass.
+
+        Raises:
+            UsageError: a network that cannot, or no network at all.
+        """
+        networks = {name: module.net for name, module in self.roles.items() if hasattr(module, "net")}
+        for name, net in networks.items():
+            try:
+                net.enable_gradient_checkpointing()
+            except (AttributeError, ValueError):  # none of ours; diffusers' for a network that does not support it
+                raise UsageError(
+                    f"The {name}, a {type(net).__name__}, cannot compute its activations again; leave "
+                    "trainer.gradient_checkpointing out."
+                ) from None
+        if not networks:
+            raise UsageError("This method has no network for trainer.gradient_checkpointing; leave it out.")
+
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """State beyond weights and optimisers (running bins, counters) that resuming needs."""
+        """State beyond weights and optimisers (running bins, counters) that resuming needs.
+
+        Names and shapes are the same at every step: a checkpoint with others is refused.
+        """
         return {}
 
     def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import build, merge, parse_overrides, read_yaml, to_dict
 from ..core.errors import UsageError, unknown
-from .config import TrainerConfig
+from .config import OptimizerConfig, TrainerConfig
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def method_settings(config: RunConfig, settings_class: type):
 
 
 def complete(config: RunConfig, roles: list[str]) -> dict[str, Any]:
-    """Plain data of the fully resolved configuration; every optimiser group must belong to a role.
+    """Plain data of the fully resolved configuration, with the settings of every role's optimiser.
 
     Raises:
         UsageError: settings for an optimiser of a role that the method does not have.
@@ -90,4 +90,8 @@ def complete(config: RunConfig, roles: list[str]) -> dict[str, Any]:
     for name in config.trainer.optimizers:
         if name not in roles:
             raise unknown("role in trainer.optimizers", str(name), roles)
-    return {key: value for key, value in to_dict(config).items() if value is not None}
+    settings = to_dict(config)
+    settings["trainer"]["optimizers"] = {
+        role: to_dict(config.trainer.optimizers.get(role, OptimizerConfig())) for role in roles
+    }
+    return settings

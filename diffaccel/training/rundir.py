@@ -22,7 +22,17 @@ except ImportError:  # Windows: runs are not protected from each other there
 # Settings that may change when a run is resumed: what they affect is equal up to rounding, or not the result at all.
 RESUMABLE = {
     f"trainer.{name}"
-    for name in ("micro_batches", "device", "threads", "log_every", "sample_every", "checkpoint_every", "keep")
+    for name in (
+        "micro_batches",
+        "device",
+        "threads",
+        "gradient_checkpointing",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep",
+        "tracker",
+    )
 }
 
 

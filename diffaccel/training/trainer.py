@@ -4,7 +4,8 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,33 +14,36 @@ from tqdm.auto import tqdm
 from ..core.errors import InterruptedRun, NumericalError, UsageError
 from ..core.files import atomic_directory
 from ..core.images import save_grid, to_uint8
+from ..core.processes import Processes
 from ..core.rng import KeyedRandom
-from .checkpoint import (
-    latest_checkpoint,
-    load_module,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    read_tensors,
-    save_checkpoint,
-)
+from .checkpoint import check_tensors, load_module, load_newest, read_tensors, save_checkpoint
 from .config import OptimizerConfig, TrainerConfig
 from .ema import EMA
-from .method import Draw, Method, Phase
+from .gradients import average, not_finite
+from .method import Draw, Loss, Method, Phase
+from .optimizers import (
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_class,
+    optimizer_tensors,
+    trained_parameters,
+)
 from .rundir import RunDirectory
 from .signals import SignalGuard
-
-_BUCKET = 2**24  # gradients that are averaged at once: few messages, little extra memory
+from .trackers import Tracker, check_tracker, open_tracker
 
 
 def prepare(config: TrainerConfig):
     """The accelerate.Accelerator of a run: device, precision, processes.
 
     Raises:
-        UsageError: a device that is not there, a batch that the processes and micro-batches do not divide, or another
-            precision than an earlier run of this process had.
+        UsageError: a device that is not there, a batch that the processes and micro-batches do not divide, another
+            precision than an earlier run of this process had, or settings that need a package that is missing.
     """
     from accelerate import Accelerator
 
+    check_tracker(config.tracker)
+    optimizer_class(config.eight_bit)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -87,16 +91,19 @@ class Trainer:
         self.evaluator = evaluator
         self.random = KeyedRandom(config.seed)
         device = self.accelerator.device
+        self.processes = Processes(str(device))
         method.to(device)
+        self.trained: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, module in method.roles.items():
             module.to(device).train()
-            settings = self._settings(name)
-            self.optimizers[name] = torch.optim.AdamW(
-                module.parameters(), settings.lr, tuple(settings.betas), weight_decay=settings.weight_decay, fused=True
-            )
+            self.trained[name] = trained_parameters(module)
+            self.optimizers[name] = make_optimizer(self.trained[name], self._settings(name), config.eight_bit)
         self.ema = EMA(method.roles[method.main_role], config.ema)
+        if config.gradient_checkpointing:
+            method.enable_gradient_checkpointing()
         self.step = 0
+        self.tracker = Tracker()  # opened by `fit`
         self._sums: dict[str, list[float | torch.Tensor]] = defaultdict(list)
 
     @property
@@ -105,20 +112,26 @@ class Trainer:
         return self.ema.module
 
     def restore(self) -> None:
-        """Continue from the newest intact checkpoint of the run, if there is one."""
+        """Continue from the newest checkpoint of the run that is intact and fits, if there is one.
+
+        Raises:
+            DataError: there are checkpoints, but none that can be used.
+        """
         main = self.accelerator.is_main_process
-        found = latest_checkpoint(self.run.checkpoints, lambda text: main and print(text, file=sys.stderr))
-        if found is not None:
-            path, record = found
-            for name, module in self.method.roles.items():
-                load_module(module, read_tensors(path, name), f"{path.name}/{name}")
-                load_optimizer_tensors(self.optimizers[name], read_tensors(path, f"{name}.optimizer"))
-            load_module(self.model, read_tensors(path, "ema"), f"{path.name}/ema")
-            self.method.load_extra_state(read_tensors(path, "method"))
-            self.step = record["step"]
+        self.step = load_newest(self.run.checkpoints, self._load, lambda text: main and print(text, file=sys.stderr))
         if main:
             self.run.rewind(self.step)
         self.accelerator.wait_for_everyone()
+
+    def _load(self, path: Path) -> None:
+        for name, module in self.method.roles.items():
+            load_module(module, read_tensors(path, name), f"{path.name}/{name}")
+            state = f"{name}.optimizer"
+            load_optimizer_tensors(self.optimizers[name], read_tensors(path, state), f"{path.name}/{state}")
+        load_module(self.model, read_tensors(path, "ema"), f"{path.name}/ema")
+        state = read_tensors(path, "method")
+        check_tensors(self.method.extra_state(), state, f"{path.name}/method")
+        self.method.load_extra_state(state)
 
     def fit(self) -> None:
         """Train to the last step, then export the moving average to final/.
@@ -130,9 +143,11 @@ class Trainer:
         config = self.config
         self.method.begin(self.run.path)
         self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
+        self.tracker = open_tracker(config.tracker if main else "none", self.run.path, self.step)
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.progress else True)
         started = time.monotonic()
-        with SignalGuard() as guard, bar:
+        with self.tracker, SignalGuard() as guard, bar:
             if self.step == 0:
                 self._picture()
             while self.step < config.steps:
@@ -157,6 +172,7 @@ class Trainer:
         """Write a checkpoint of the present state."""
         if not self.accelerator.is_main_process:
             return
+        self.tracker.flush()
         tensors = {"ema": self.model.state_dict(), "method": self.method.extra_state()}
         for name, module in self.method.roles.items():
             tensors[name] = module.state_dict()
@@ -183,43 +199,53 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _update(self, phase: Phase, repeat: int) -> None:
-        for name, module in self.method.roles.items():
-            module.requires_grad_(name in phase.trains)
+        for name, parameters in self.trained.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in phase.trains)
         losses = []
         for draw in self._draws(phase, repeat):
             with self.accelerator.autocast():
                 loss = self.method.loss(phase, draw)
             self.accelerator.backward(loss.total / self.config.micro_batches)
-            losses.append(loss.total.detach().float())
-            for key, metric in loss.metrics.items():
+            losses.append(loss.detached())
+            for key, metric in losses[-1].metrics.items():
                 self._sums[f"{phase.name}/{key}"].append(metric)
-        norms = [self._clip(role) for role in phase.trains]
-        # One transfer for all that must be finite, before any optimiser moves.
-        values = torch.stack([*losses, *norms]).tolist()
-        for name, value in zip(
-            [f"{phase.name} loss"] * len(losses) + [f"gradient of {r}" for r in phase.trains], values, strict=True
-        ):
-            if not math.isfinite(value):
-                raise NumericalError(
-                    f"The {name} is {value} in the {phase.name} update of step {self.step}; no weight was changed by it. "
-                    f"Checkpoints up to here are kept in {self.run.checkpoints}; a new run with a lower learning rate "
-                    "usually helps."
-                )
+        norms = [self._gradient_norm(role) for role in phase.trains]
+        values = self._finite(phase, losses, norms)
         self._sums[f"{phase.name}/loss"] += values[: len(losses)]
-        for role, norm in zip(phase.trains, values[len(losses) :], strict=True):
-            self._sums[f"{phase.name}/grad_norm_{role}"].append(norm)
+        for role, norm, value in zip(phase.trains, norms, values[len(losses) :], strict=True):
+            self._sums[f"{phase.name}/grad_norm_{role}"].append(value)
+            nn.utils.clip_grads_with_norm_(self.trained[role], self._settings(role).clip, norm)
             self._apply(role)
 
-    def _clip(self, role: str) -> torch.Tensor:
-        """Average the gradients of a role over processes and clip them; return their norm before clipping."""
-        parameters = [p for p in self.method.roles[role].parameters() if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for bucket in _buckets(parameters):
-                flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
-                parts = self.accelerator.reduce(flat, "mean").split([parameter.numel() for parameter in bucket])
-                for parameter, part in zip(bucket, parts, strict=True):
-                    parameter.grad = part.view_as(parameter)
-        return nn.utils.clip_grad_norm_(parameters, self._settings(role).clip).float()
+    def _gradient_norm(self, role: str) -> torch.Tensor:
+        """Average the gradients of a role over processes; return their norm."""
+        parameters = [parameter for parameter in self.trained[role] if parameter.grad is not None]
+        average(parameters, self.accelerator)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        return norm.float().to(self.accelerator.device)
+
+    def _finite(self, phase: Phase, losses: list[Loss], norms: list[torch.Tensor]) -> list[float]:
+        """Values of the losses and norms in one transfer, before any optimiser moves.
+
+        Raises:
+            NumericalError: on all processes, if a value is not finite on any.
+        """
+        accelerator = self.accelerator
+        totals = [loss.total for loss in losses]
+        shared = [accelerator.reduce(torch.stack(totals).mean(), "mean")] if accelerator.num_processes > 1 else []
+        values = torch.stack([*totals, *norms, *shared]).tolist()
+        if all(math.isfinite(value) for value in values):
+            return values[: len(totals) + len(norms)]
+        found = not_finite(phase.name, losses, {role: self.method.roles[role] for role in phase.trains})
+        finders = accelerator.gather(torch.tensor([found is not None], device=accelerator.device)).tolist()
+        error = NumericalError(
+            f"The {found or 'sum of losses or gradients is not finite'} in the {phase.name} update of step {self.step}; "
+            f"no weight was changed by it. Checkpoints up to here are kept in {self.run.checkpoints}; a new run with a "
+            "lower learning rate usually helps."
+        )
+        error.told_elsewhere = True in finders and finders.index(True) != accelerator.process_index
+        raise error
 
     def _apply(self, role: str) -> None:
         optimizer = self.optimizers[role]
@@ -246,14 +272,22 @@ class Trainer:
             )
 
     def _log(self, bar: tqdm, seconds: float) -> None:
-        means = {key: float(sum(values) / len(values)) for key, values in self._sums.items()}
+        sums = {key: (float(sum(values)), len(values)) for key, values in self._sums.items()}
         self._sums.clear()
-        if self.accelerator.num_processes > 1:
-            own = torch.tensor(list(means.values()), device=self.accelerator.device, dtype=torch.float32)
-            means = dict(zip(means, self.accelerator.reduce(own, "mean").tolist(), strict=True))
-        if self.accelerator.is_main_process:
-            self.run.log({"step": self.step, **means, "seconds": round(seconds, 2)})
+        everywhere = self.processes.gather_json(sums)
+        means = {}
+        for key in dict.fromkeys(
+            key for found in everywhere for key in found
+        ):  # not every process has met every metric
+            totals, counts = zip(*(found[key] for found in everywhere if key in found), strict=True)
+            means[key] = sum(totals) / sum(counts)
+        self._record({**means, "seconds": round(seconds, 2)})
         bar.set_postfix({key: f"{value:.3g}" for key, value in means.items() if key.endswith("/loss")})
+
+    def _record(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.step, **values})
+            self.tracker.scalars(self.step, values)
 
     @torch.no_grad()
     def _picture(self) -> None:
@@ -262,9 +296,10 @@ class Trainer:
         images = self.method.samples(self.model, self.random)
         if images is not None:
             save_grid(to_uint8(images), self.run.picture(self.step))
+            self.tracker.picture(self.step, self.run.picture(self.step))
         values = self.method.validate(self.model) | (self.evaluator(self.model) if self.evaluator else {})
         if values:
-            self.run.log({"step": self.step, **{f"validation/{key}": value for key, value in values.items()}})
+            self._record({f"validation/{key}": value for key, value in values.items()})
 
     def _export(self) -> None:
         final = self.run.path / "final"
@@ -272,16 +307,3 @@ class Trainer:
             with atomic_directory(final) as temporary:
                 self.method.export(self.model, temporary)
         self.accelerator.wait_for_everyone()
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of one type, together at most `_BUCKET` numbers unless one alone has more."""
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        size = sum(other.numel() for other in bucket) + parameter.numel()
-        if bucket and (size > _BUCKET or parameter.grad.dtype != bucket[0].grad.dtype):
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket

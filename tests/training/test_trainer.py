@@ -2,98 +2,20 @@
 
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
+from regression import Regression, settings, trained, vector
 from torch import nn
 
 from diffaccel.core.errors import NumericalError, UsageError
-from diffaccel.training import trainer
-from diffaccel.training.checkpoint import latest_checkpoint, list_checkpoints
-from diffaccel.training.config import OptimizerConfig, TrainerConfig
+from diffaccel.training import gradients
+from diffaccel.training.checkpoint import list_checkpoints
+from diffaccel.training.config import OptimizerConfig
 from diffaccel.training.ema import EMA
-from diffaccel.training.method import Loss, Method, Phase
+from diffaccel.training.method import Phase
 from diffaccel.training.rundir import RunDirectory
 from diffaccel.training.trainer import Trainer
-
-
-class Regression(Method):
-    """Two linear roles: ``model`` regresses noise onto a fixed map, ``helper`` follows the model."""
-
-    main_role = "model"
-
-    @dataclass
-    class Config:
-        poison_at: int = -1
-
-    def __init__(self, config: Config):
-        self.config = config
-        torch.manual_seed(0)
-        self.roles = {"model": nn.Linear(3, 2), "helper": nn.Linear(3, 2)}
-        self.target = torch.randn(2, 3)
-        self.updates = 0
-        self.called = []
-
-    def phases(self, step):
-        return [Phase("follow", ("helper",), repeats=2), Phase("fit", ("model",))]
-
-    def loss(self, phase, draw):
-        x = draw.normal("x", (3,))
-        model, helper = self.roles["model"](x), self.roles["helper"](x)
-        if phase.name == "follow":
-            return Loss((helper - model).square().mean())
-        total = (model - x @ self.target.T).square().mean()
-        if draw.step == self.config.poison_at:
-            total = total * float("nan")
-        return Loss(total, {"size": model.detach().abs().mean()})
-
-    def samples(self, model, random):
-        self.called.append("samples")
-
-    def export(self, model, folder):
-        torch.nn.utils.parameters_to_vector(model.parameters()).numpy().tofile(folder / "weights.bin")
-
-    def end_phase(self, phase, total):
-        self.updates += 1
-
-    def begin(self, folder):
-        self.called.append(folder)
-
-    def end_step(self, step):
-        self.called.append((step, self.updates))
-
-    def extra_state(self):
-        return {"updates": torch.tensor(self.updates)}
-
-    def load_extra_state(self, state):
-        self.updates = int(state["updates"])
-
-
-def settings(**changes) -> TrainerConfig:
-    optimizer = OptimizerConfig(lr=0.05, warmup=3, final_lr_fraction=0.1)
-    defaults = {"steps": 12, "batch_size": 8, "checkpoint_every": 4, "log_every": 2, "device": "cpu"}
-    return TrainerConfig(**{**defaults, "optimizers": {"model": optimizer, "helper": optimizer}, **changes})
-
-
-def trained(folder, stop_after=None, resume=False, config=None, method=None) -> Trainer:
-    with RunDirectory(folder, {"kind": "regression"}, resume) as run:
-        trainer = Trainer(method or Regression(Regression.Config()), config or settings(), run, progress=False)
-        if resume:
-            trainer.restore()
-        if stop_after is None:
-            trainer.fit()
-        else:
-            while trainer.step < stop_after:
-                trainer._train_step()
-                trainer.step += 1
-            trainer.save()
-    return trainer
-
-
-def vector(trainer: Trainer) -> torch.Tensor:
-    modules = [*trainer.method.roles.values(), trainer.model]
-    return torch.cat([nn.utils.parameters_to_vector(module.parameters()) for module in modules])
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 11])
@@ -134,13 +56,62 @@ def test_a_phase_moves_only_its_roles(tmp_path):
     assert not torch.equal(trainer.method.roles["helper"].weight, before["helper"])
 
 
-def test_a_nan_stops_before_it_touches_a_weight(tmp_path):
-    method = Regression(Regression.Config(poison_at=6))
-    with pytest.raises(NumericalError, match="fit loss is nan in the fit update of step 6"):
+def test_what_is_frozen_at_the_start_is_never_trained(tmp_path):
+    method = Regression(Regression.Config())
+    method.roles["model"].bias.requires_grad_(False)
+    before = method.roles["model"].bias.clone()
+    trainer = trained(tmp_path / "run", method=method)
+    assert torch.equal(method.roles["model"].bias, before) and torch.equal(trainer.model.bias, before)
+    assert (method.roles["model"].weight - method.target).abs().max() < 1.0
+
+
+class Adapter(nn.Module):
+    """A trained shift of a shared, frozen layer that it does not list."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = (base,)
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def __deepcopy__(self, memo):
+        other = Adapter(*self.base)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def forward(self, x):
+        return self.base[0](x) + self.shift
+
+
+def test_a_role_may_be_an_adapter_on_a_shared_base(tmp_path):
+    def method():
+        method = Regression(Regression.Config())
+        base = nn.Linear(3, 2).requires_grad_(False)
+        method.roles = {name: Adapter(base) for name in method.roles}
+        return method
+
+    straight = trained(tmp_path / "straight", method=method())
+    trained(tmp_path / "parts", stop_after=5, method=method())
+    resumed = trained(tmp_path / "parts", resume=True, method=method())
+    assert torch.equal(vector(straight), vector(resumed)) and vector(straight).shape == (6,) and vector(straight).all()
+    base = straight.model.base[0]
+    assert base is straight.method.roles["helper"].base[0] and not base.weight.requires_grad and base.bias.grad is None
+
+
+@pytest.mark.parametrize(
+    ("poison", "told"),
+    [
+        ("loss", r"fit loss is nan in"),
+        ("metric", r"fit loss is nan \(its metric ratio is inf\) in"),
+        ("gradient", r"gradient of model is not finite, first that of bias, in"),
+    ],
+)
+def test_what_is_not_finite_stops_before_it_touches_a_weight(tmp_path, poison, told):
+    method = Regression(Regression.Config(6, poison))
+    with pytest.raises(NumericalError, match=rf"The {told} the fit update of step 6; no weight"):
         trained(tmp_path / "run", method=method)
-    assert torch.isfinite(method.roles["model"].weight).all()
-    path, _ = latest_checkpoint(tmp_path / "run/checkpoints", print)
-    assert path.name == "step-00000004"
+    before = trained(tmp_path / "before", stop_after=6)
+    assert torch.equal(method.roles["model"].weight, before.method.roles["model"].weight)
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000004"]
 
 
 def test_metrics_are_means_and_each_step_is_logged_once(tmp_path):
@@ -161,20 +132,19 @@ def test_settings_that_leave_the_result_alone_may_change_on_resume(tmp_path):
         RunDirectory(tmp_path / "run", {"trainer": {"seed": 1, "micro_batches": 1}}, resume=True)
 
 
-def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path):
-    trained(tmp_path / "run", config=settings(checkpoint_every=2, keep=3))
-    assert [path.name[-2:] for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["08", "10", "12"]
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    straight = trained(tmp_path / "straight")
-    trained(tmp_path / "run", config=settings(steps=12))
-    weights = tmp_path / "run/checkpoints/step-00000012/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    said = []
-    path, _ = latest_checkpoint(tmp_path / "run/checkpoints", said.append)
-    assert path.name == "step-00000008" and "step-00000012" in said[0]
-    assert torch.equal(vector(straight), vector(trained(tmp_path / "run", resume=True)))
+def test_all_settings_that_changed_are_listed(tmp_path):
+    method = {"name": "dmd", "scale": 1.0, "range": [0.1, 0.9], "data": None}
+    stored = {"method": method, "trainer": {"steps": 5, "optimizers": {"model": {"lr": 0.1, "clip": 1.0}}}}
+    other = {
+        "method": {**method, "scale": 2.0, "range": [0.2, 0.9], "data": "digits"},
+        "trainer": {"steps": 6, "optimizers": {"model": {"lr": 0.2, "clip": 1.0}}},
+    }
+    RunDirectory(tmp_path / "run", stored).__exit__()
+    with pytest.raises(UsageError) as refused:
+        RunDirectory(tmp_path / "run", other, resume=True)
+    changed = ["method.data: None -> 'digits'", "method.range: [0.1, 0.9] -> [0.2, 0.9]", "method.scale: 1.0 -> 2.0"]
+    changed += ["trainer.optimizers.model.lr: 0.1 -> 0.2", "trainer.steps: 5 -> 6"]
+    assert f"({'; '.join(changed)})" in str(refused.value)
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path):
@@ -205,7 +175,13 @@ def test_the_learning_rate_warms_up_and_ends_on_the_cosine():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"steps": 0}, "steps"), ({"ema": 1.0}, "ema"), ({"precision": "fp8"}, "precision"), ({"seed": -1}, "seed")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"ema": 1.0}, "ema"),
+        ({"precision": "fp8"}, "precision"),
+        ({"seed": -1}, "seed"),
+        ({"tracker": "csv"}, "tracker"),
+    ],
 )
 def test_impossible_settings_are_named(change, word):
     with pytest.raises(UsageError, match=word):
@@ -213,12 +189,12 @@ def test_impossible_settings_are_named(change, word):
 
 
 def test_gradients_travel_in_few_messages_and_none_is_lost(monkeypatch):
-    monkeypatch.setattr(trainer, "_BUCKET", 10)
+    monkeypatch.setattr(gradients, "_BUCKET", 10)
     parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 4, 3, 1, 25, 2, 9)]
     parameters[-1] = nn.Parameter(torch.zeros(9, dtype=torch.float64))
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    buckets = list(trainer._buckets(parameters))
+    buckets = list(gradients._buckets(parameters))
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 4, 3], [1], [25], [2], [9]]
     assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in parameters]
-    assert list(trainer._buckets([])) == []
+    assert list(gradients._buckets([])) == []
