@@ -111,7 +111,7 @@ def atomic_directory(final_path) -> Iterator[Path]:
         raise UsageError(f"Cannot create {final_path}: {error.strerror}.") from error
     try:
         yield temporary
-        _seal(temporary)
+        seal(temporary)
         os.rename(temporary, final_path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -157,8 +157,8 @@ def _compare(folder: Path, name: str, record) -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    """Flush every file of the folder to disk, then write the manifest that lists them."""
+def seal(folder: Path) -> None:
+    """Flush every file of a folder to disk, then write the manifest that lists them; again, if one was changed since."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ..core.errors import DataError
-from ..core.files import write_atomic
+from ..core.files import seal, write_atomic
+from ..models.conditions import Conditions
 from ..models.denoiser import NetworkDenoiser
 from ..models.few_step_pipelines import PREFIX, student_pipeline
 from ..models.networks import NETWORKS
@@ -48,23 +49,16 @@ def save_student(task: Task, model: NetworkDenoiser, scheduler: FewStepScheduler
     save_pipeline(student, folder)
     if adapter is not None and not save_adapter(student, adapter, folder):
         adapter = None
-    taken = inspect.signature(type(student).__call__).parameters
-    call = {}
-    if text := "prompt" in taken:
-        call["prompt"] = "a photo of a cat"
-    elif getattr(student, "num_classes", "class_labels" in taken):
-        call["class_labels"] = [0]
-    if not isinstance(student, ClassConditionalPipeline) and not type(student).__name__.startswith(PREFIX):
-        call["guidance_scale"] = 1.0
-    members = len(task.conditions.members)
+    call, members = _call(student, task.conditions), len(task.conditions.members)
+    kind = {"prompt": "prompts", "class_labels": "classes"}.get(next(iter(call), ""), "")
     card = {
         "teacher": "a model without name",
         **task.facts,
         "times": scheduler.steps.times,
         "noise": scheduler.steps.noise,
         "call": ", ".join(f"{name}={value!r}" for name, value in call.items()),
-        "trained_for": f"{members} {'prompts' if text else 'classes'}" if text or "class_labels" in call else "",
-        "text": text,
+        "trained_for": f"{members} {kind}" if kind else "",
+        "text": kind == "prompts",
         "adapter": adapter is not None,
     }
     write_atomic(folder / _CARD, model_card(**card))
@@ -99,3 +93,17 @@ def add_metrics(folder: Path, metrics: Mapping[str, float | str]) -> None:
     if not path.is_file():
         raise DataError(f"{folder} has no {_CARD}; expected the folder final/ of a distillation.")
     write_atomic(path, with_metrics(path.read_text(encoding="utf-8"), metrics))
+    seal(folder)
+
+
+def _call(student, conditions: Conditions) -> dict:
+    """Arguments that draw an image of the first condition."""
+    first, taken = int(conditions.members[0]), inspect.signature(type(student).__call__).parameters
+    call = {}
+    if "prompt" in taken:
+        call["prompt"] = conditions.names[first]
+    elif getattr(student, "num_classes", "class_labels" in taken):
+        call["class_labels"] = [first]
+    if not isinstance(student, ClassConditionalPipeline) and not type(student).__name__.startswith(PREFIX):
+        call["guidance_scale"] = 1.0  # of a class that would guide by itself
+    return call
