@@ -93,7 +93,7 @@ def add_metrics(folder: Path, metrics: Mapping[str, float | str]) -> None:
     if not path.is_file():
         raise DataError(f"{folder} has no {_CARD}; expected the folder final/ of a distillation.")
     write_atomic(path, with_metrics(path.read_text(encoding="utf-8"), metrics))
-    seal(folder)
+    seal(path.parent)
 
 
 def _call(student, conditions: Conditions) -> dict:

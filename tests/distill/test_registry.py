@@ -1,5 +1,8 @@
 """Methods by name, by preset and from files outside the package; recipes and settings of a run."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -10,37 +13,11 @@ from diffaccel.distill.registry import METHODS, MethodInfo, get_method, register
 from diffaccel.distill.run import check_method, resolve_distillation
 from diffaccel.training.recipes import method_settings, recipes
 
-OUTSIDE = '''
-"""Distribution matching whose samples are pulled towards zero."""
-
-from dataclasses import dataclass
-
-from diffaccel.core.errors import UsageError
-from diffaccel.distill.methods.dmd import DMD
-from diffaccel.distill.registry import MethodInfo, register
-
-
-class Pulled(DMD):
-    @dataclass
-    class Config(DMD.Config):
-        """Attributes:
-        pull: weight of the mean square of the samples.
-        """
-
-        pull: float = 0.1
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.pull < 0:
-                raise UsageError(f"method.pull must not be negative, got {self.pull}.")
-
-    def matching_loss(self, x, *arguments):
-        loss, logit = super().matching_loss(x, *arguments)
-        return loss + self.config.pull * x.square().mean(), logit
-
-
-register(MethodInfo("pulled", "matching with a pull to zero", "nobody, 2026", "3 + 2", Pulled))
-'''
+DOCS = Path(__file__).parents[2] / "docs" / "distillation.md"
+# The example of the docs, as a reader would copy it.
+OUTSIDE = next(
+    block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "register(" in block
+)
 
 
 @pytest.fixture(autouse=True)
