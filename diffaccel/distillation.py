@@ -9,6 +9,7 @@ from .core.images import to_uint8
 from .core.processes import is_main_process
 from .core.rng import KeyedRandom
 from .distill.export import add_metrics
+from .distill.planning import SMALL, plan_run
 from .distill.run import build_method, card_facts, resolve_distillation
 from .distill.samples import drawn_count
 from .distill.student_runs import assemble_finished, student_folder, train_students, trains_all
@@ -95,6 +96,11 @@ def run_distillation(
     if main and say:
         name, steps = config.method["name"], config.trainer.steps
         say(f"Distilling {config.teacher!r} with {name} for {steps} steps in {folder}")
+    if sum(parameter.numel() for parameter in method.teacher.parameters()) > SMALL:
+        plan = plan_run(method, config)
+        if main and say:
+            say("\n".join(plan.lines()))
+        plan.require_fit()
     source = reference(config)
     evaluator = _validator(method, source) if source else None
     final = launch(method, config, folder, resume, evaluator, progress=main and bar)

@@ -1,12 +1,13 @@
 """`diffaccel distill`: a student of one or a few steps from a teacher."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..core.config import merge, parse_overrides, read_yaml, to_yaml
-from ..core.errors import UsageError
+from ..core.errors import MissingWeightsError, UsageError
 from . import options
 from .output import note, run_folder
 
@@ -87,7 +88,7 @@ def distill(
     - `diffaccel distill --teacher path/to/ddpm-folder --set trainer.optimizers.student.lr=2e-5 --dry-run`
     """
     if context.invoked_subcommand:
-        if any(value not in (None, False) for value in context.params.values()):
+        if any(context.params.values()):
             verb = context.invoked_subcommand
             raise UsageError(f"`diffaccel distill {verb}` takes its options after the word {verb}; see its --help.")
         return
@@ -114,15 +115,21 @@ def distill(
         stored = stored_settings(output, chosen.get("name"))
         flags = merge(stored, read_yaml(config) if config else {}, parse_overrides(settings or []), flags)
     run_config = resolve_distillation(flags, config, settings, None if resume else recipe)
-    check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     folder = output or run_folder("distill", run_config.teacher, Path(run_config.method["name"]).stem)
+    try:
+        check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
+    except MissingWeightsError:
+        from ..distill.planning import plan_unseen
+
+        if plan := plan_unseen(run_config):
+            (typer.echo if dry_run else note)("\n".join(plan.lines()))
+            plan.require_fit()
+        raise
     from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation
 
     if dry_run:
-        from ..distill.run import build_method
-
-        _print_plan(build_method(run_config), run_config, folder)
+        _print_plan(run_config, folder)
         return
     final = run_distillation(run_config, folder, resume, say=None if quiet else note)
     if not is_main_process():
@@ -137,19 +144,22 @@ def distill(
         note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
 
 
-def _print_plan(method, run_config, folder: Path) -> None:
+def _print_plan(run_config, folder: Path) -> None:
+    """The plan as comments over the settings, so that all of it is a file for --config."""
+    from ..core.config import to_dict
+    from ..distill.planning import plan_run
+    from ..distill.run import build_method
+    from ..distill.student_runs import trains_all
     from ..training.recipes import complete
 
-    resolved = complete(run_config, list(method.roles))
-    trainer = resolved["trainer"]
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in method.roles.items()}
-    frozen = sum(p.numel() for p in method.teacher.parameters())
-    # float32: weights, gradients and two Adam moments per trained role, one copy for the moving average.
-    memory = 4 * (4 * sum(parameters.values()) + frozen + parameters["student"])
-    typer.echo(f"# Plan: {resolved['method']['name']} on teacher {resolved['teacher']}, run folder {folder}")
-    typer.echo(f"# teacher {frozen:,} parameters (frozen); " + ", ".join(f"{k} {v:,}" for k, v in parameters.items()))
-    typer.echo(f"# weights, gradients, optimisers and average: {memory / 2**20:,.1f} MiB, plus activations")
-    typer.echo(
-        f"# {trainer['steps']} steps of {trainer['batch_size']} samples; real images: {resolved['data'] or 'none needed'}"
-    )
-    typer.echo(to_yaml(resolved), nl=False)
+    several = trains_all(run_config)
+    planned = replace(run_config, method={**run_config.method, "student": 0}) if several else run_config
+    method = build_method(planned)
+    plan = plan_run(method, planned)
+    resolved = complete(planned, list(method.roles))
+    if several:
+        resolved = {**to_dict(run_config), "method": {**resolved["method"], "student": None}}
+        typer.echo(f"# {run_config.method.get('students')} students, one after the other; the plan of each:")
+    typer.echo("\n".join(f"# {line}" for line in (f"run folder  {folder}", *plan.lines())))
+    typer.echo(to_yaml({key: value for key, value in resolved.items() if value is not None}), nl=False)
+    plan.require_fit()

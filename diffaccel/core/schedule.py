@@ -34,6 +34,9 @@ class NoiseSchedule(ABC):
     t_clean: float = 0.0
     t_end: float = 0.0
 
+    def __deepcopy__(self, memo) -> "NoiseSchedule":
+        return self  # never changed, and shared by all copies of a network
+
     @abstractmethod
     def rho(self, t) -> torch.Tensor:
         """Noise-to-signal ratio σ/α at time t; infinite where α = 0."""

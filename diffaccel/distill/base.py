@@ -117,6 +117,12 @@ class Distillation(Method):
             x0 = solve(self.real, noise, condition, REFERENCE_STEPS, shift)
         return float(x0.mean()), float(x0.std(correction=0))
 
+    def updates(self, steps: int) -> list:
+        """The `rehearsal.Update`s of a training step when all phases of a run of ``steps`` have begun, for its plan."""
+        from .plan import default_updates  # not needed for training
+
+        return default_updates(self.phases(steps - 1), self.roles, guided=self.real.scale != 1.0)
+
     # Sampling.
 
     def predict(self, model: NetworkDenoiser, x_t: torch.Tensor, t: float, condition: Condition | None):

@@ -78,6 +78,11 @@ def check_method(config: RunConfig) -> tuple[type, Any]:
         UsageError, MissingWeightsError, DataError: wrong settings, or a teacher that cannot be distilled or is not there.
     """
     check_adapter(config.teacher)
+    return check_settings(config)
+
+
+def check_settings(config: RunConfig) -> tuple[type, Any]:
+    """As `check_method`, without a look at the teacher."""
     method_class = get_method(config.method["name"]).load(config.method)
     settings = method_settings(config, method_class.Config)
     resting = settings.resting_steps()

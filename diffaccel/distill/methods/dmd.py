@@ -24,7 +24,13 @@ GAN_LOSSES = ("logistic", "hinge")
 
 
 class DMD(Distillation):
-    """Roles: student, critic (denoiser of the student's samples), discriminator where one is needed."""
+    """Roles: student, critic (denoiser of the student's samples), discriminator where one is needed.
+
+    Attributes:
+        through: whether gradients reach the samples through teacher and critic.
+    """
+
+    through = False
 
     @dataclass
     class Config(Distillation.Config):
@@ -112,6 +118,14 @@ class DMD(Distillation):
 
     def loss(self, phase: Phase, draw: Draw) -> Loss:
         return self._critic_loss(draw) if phase.name == "critic" else self._student_loss(draw)
+
+    def updates(self, steps):
+        from ..plan import default_updates
+
+        guided, adversarial = self.real.scale != 1.0, self.config.gan_weight > 0
+        return default_updates(
+            self.phases(steps - 1), self.roles, guided=guided, adversarial=adversarial, through=self.through
+        )
 
     # Hooks by which other methods vary this one.
 

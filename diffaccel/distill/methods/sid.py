@@ -9,6 +9,8 @@ from .dmd import DMD
 class SiD(DMD):
     """DMD with the loss of SiD in place of distribution matching; roles and phases are the same."""
 
+    through = True
+
     @dataclass
     class Config(DMD.Config):
         """Attributes:

@@ -1,0 +1,82 @@
+"""The plan of a run: of a method that is built, or of one whose teacher's weights are not on this machine."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..core.processes import rank_and_world
+from ..core.schedule import VPDiscrete
+from ..models.conditions import ClassConditions, NoConditions, PromptConditions
+from ..models.denoiser import Condition
+from ..training.recipes import RunConfig
+from .adapters import AdapterConfig
+from .base import Distillation
+from .plan import Plan, make_plan
+from .released import has_released, released_teacher
+from .run import card_facts, check_settings
+from .task import Task
+
+SMALL = 5_000_000  # parameters of a teacher below which memory is no question and nothing is planned before training
+
+
+def plan_run(method: Distillation, config: RunConfig) -> Plan:
+    """The plan of a method that is about to train."""
+    condition = method.conditions.at(method.conditions.members[:1])
+    return _plan(method, config, condition, None)
+
+
+def plan_unseen(config: RunConfig) -> Plan | None:
+    """The plan of a run with a released teacher whose weights are not here; None for other teachers.
+
+    Raises:
+        UsageError: wrong settings of the method, or no real samples where it needs them.
+    """
+    if not has_released(config.teacher):
+        return None
+    method_class, settings = check_settings(config)
+    teacher = released_teacher(config.teacher)
+    teacher.schedule = VPDiscrete(torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))
+    null, classes = teacher.null_condition(1), getattr(teacher, "num_classes", None)
+    conditions = ClassConditions(classes) if classes else PromptConditions([""], null) if null else NoConditions()
+    method = method_class(
+        Task(teacher, conditions, data=_Unseen() if config.data else None), settings, config.trainer.seed
+    )
+    adapters = AdapterConfig(rank=config.lora) if config.lora else None
+    return _plan(method, config, null, adapters)
+
+
+def _plan(method: Distillation, config: RunConfig, condition: Condition | None, adapters) -> Plan:
+    gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
+    roles = {"teacher": (method.teacher, False), **{name: (module, True) for name, module in method.roles.items()}}
+    return make_plan(
+        roles,
+        method.updates(config.trainer.steps),
+        config.trainer,
+        adapters=adapters,
+        device="cuda" if gpu else "cpu",
+        processes=rank_and_world()[1],
+        condition=condition,
+        facts=_facts(config),
+    )
+
+
+def _facts(config: RunConfig) -> Mapping[str, str]:
+    known = card_facts(config)
+    licence = f" ({known['licence']})" if known["licence"] else ""
+    facts = {"method": f"{known['method']}: {known['summary']}", "teacher": f"{config.teacher}{licence}"}
+    if config.description:
+        facts["recipe"] = config.description
+    return facts | {
+        "data": config.data or "none needed",
+        "prompts": config.prompts or "the teacher's own, if it draws any",
+    }
+
+
+class _Unseen:
+    """Real samples of which nothing is known yet."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def only(self, members) -> "_Unseen":
+        return self
