@@ -14,11 +14,52 @@ from diffaccel.models.data import load_digits
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SETTINGS = ["--steps", "3", "--set", "trainer.batch_size=8", "--device", "cpu", "-q"]
-STUDENT = ["--set", "method.critic_warmup=0", "--set", "trainer.optimizers.student.lr=1e-4"]
+STUDENT = ["--set", "trainer.optimizers.student.lr=1e-4"]
+CRITIC = [*STUDENT, "--set", "method.critic_warmup=0", "--set", "trainer.optimizers.critic.lr=2e-4"]
 MODEL = ["--set", "trainer.optimizers.model.lr=1e-4"]
 RUNS = {
-    "dmd": ["distill", "--teacher", "digits", "--method", "dmd", *STUDENT],
-    "f-distill": ["distill", "--teacher", "digits", "--method", "f-distill", *STUDENT],
+    "dmd": ["distill", "--teacher", "digits", "--method", "dmd", *CRITIC],
+    "f-distill": ["distill", "--teacher", "digits", "--method", "f-distill", *CRITIC],
+    "sid": ["distill", "--teacher", "digits", "--method", "sid", *CRITIC],
+    "disback": [
+        "distill",
+        "--teacher",
+        "digits",
+        "--method",
+        "disback",
+        *CRITIC,
+        "--set",
+        "method.record_steps=2",
+        "--set",
+        "method.node_interval=1",
+        "--set",
+        "method.switch=mismatch",
+    ],
+    "multi-student": [
+        "distill",
+        "--teacher",
+        "digits",
+        "--method",
+        "multi-student",
+        *CRITIC,
+        "--set",
+        "method.students=2",
+    ],
+    "consistency": [
+        "distill",
+        "--teacher",
+        "digits",
+        "--method",
+        "consistency",
+        "--data",
+        "digits",
+        *STUDENT,
+        "--set",
+        "method.eta=0.2",
+        "--set",
+        "method.substeps=2",
+    ],
+    "pairs": ["distill", "--teacher", "digits", "--method", "pairs", *STUDENT, "--set", "method.pairs=32"],
     "digits": ["train", "--recipe", "digits", *MODEL],
     "digits-flow": ["train", "--recipe", "digits-flow", *MODEL],
 }
@@ -72,11 +113,15 @@ def test_two_processes_equal_one(tmp_path, name):
     subprocess.run([sys.executable, *command, "-o", tmp_path / "one"], check=True, env=ENVIRONMENT)
     done = _torchrun(2, [*command, "-o", tmp_path / "two"])
     assert done.stdout.count("Finished") == 1
-    one, two = (load_file(next((tmp_path / name / "final").rglob("*.safetensors"))) for name in ("one", "two"))
-    # AdamW turns rounding of near-zero gradients into steps of the size of lr: hence few steps at a usual lr.
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
-    assert lines[0] == lines[1]
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("final/**/*.safetensors"))
+    assert files
+    for file in files:
+        one, two = (load_file(tmp_path / side / file) for side in ("one", "two"))
+        # AdamW turns rounding of near-zero gradients into steps of the size of lr: hence few steps at a usual lr.
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5, file
+    logs = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("metrics.jsonl"))
+    for log in logs:
+        assert len({(tmp_path / side / log).read_text().count("\n") for side in ("one", "two")}) == 1
 
 
 @pytest.mark.slow
