@@ -16,6 +16,7 @@ from .distill.student_runs import assemble_finished, student_folder, train_stude
 from .evaluate.monitor import Monitor
 from .evaluate.report import Report
 from .evaluate.run import evaluate_fid
+from .evaluate.run_page import write_run_page
 from .models.teachers import TEACHERS
 from .training.launch import launch, stored_settings
 from .training.recipes import RunConfig
@@ -115,14 +116,14 @@ def run_distillation(
 
 
 def report_student(config: RunConfig, folder: Path) -> Report | None:
-    """Measure final/ against the run's real images, write report.json and tell its card; None where there are none."""
-    source = reference(config)
-    if not source:
-        return None
-    report = evaluate_fid(folder / "final", source, num=1000, seed=1)
-    report.save(folder / "report.json")
-    features = ", ".join(entry["name"] for entry in report.features)
-    add_metrics(folder / "final", {f"Fréchet distance in {features}, N = 1000, against {source}": report.value})
+    """Write report.html of a finished run, and measure final/ where there are real images: report.json, and its card."""
+    source, report = reference(config), None
+    if source:
+        report = evaluate_fid(folder / "final", source, num=1000, seed=1)
+        report.save(folder / "report.json")
+        features = ", ".join(entry["name"] for entry in report.features)
+        add_metrics(folder / "final", {f"Fréchet distance in {features}, N = 1000, against {source}": report.value})
+    write_run_page(folder)
     return report
 
 

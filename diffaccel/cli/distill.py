@@ -140,6 +140,7 @@ def distill(
     report = report_student(run_config, final.parent)
     if report:
         typer.echo(str(report))
+    typer.echo(f"Report: {final.parent / 'report.html'}")
     if not quiet:
         note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
 

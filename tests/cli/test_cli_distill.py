@@ -15,7 +15,8 @@ def settings(run, *arguments) -> dict:
 
 def test_run_folder(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
-    assert names == {"config.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints", "final", "report.json"}
+    reports = {"report.json", "report.html"}
+    assert names == {"config.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints", "final"} | reports
     assert [path.name for path in sorted((tiny_run / "samples").iterdir())] == ["step-000000.png", "step-000006.png"]
     kept = sorted((tiny_run / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["step-00000004", "step-00000006"]
