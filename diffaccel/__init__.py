@@ -32,6 +32,7 @@ _PUBLIC = {
     "FlowAdamsScheduler": "diffaccel.samplers.scheduler",
     "GHVBScheduler": "diffaccel.samplers.scheduler",
     "IPNDMScheduler": "diffaccel.samplers.scheduler",
+    "MultiStudentModel": "diffaccel.models.multi_student",
     "RhoRKScheduler": "diffaccel.samplers.scheduler",
     "SearchedScheduler": "diffaccel.samplers.searched",
     "UniPCScheduler": "diffaccel.samplers.scheduler",

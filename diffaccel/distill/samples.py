@@ -37,30 +37,60 @@ class EncodedSamples:
         x0 = self.mean[index].to(draw.device) + self.spread[index].to(draw.device) * posterior
         return x0, self.captions.at(self.place[index].to(draw.device))
 
+    def only(self, members: torch.Tensor) -> "EncodedSamples":
+        """Those that show some of the captions (M,).
+
+        Raises:
+            DataError: there are none.
+        """
+        keep = torch.isin(self.place, members)
+        if not keep.any():
+            raise DataError("No real image shows what this student draws.")
+        return EncodedSamples(self.mean[keep], self.spread[keep], self.captions, self.place[keep])
+
 
 class DrawnSamples:
     """Samples of the teacher in place of real ones, drawn when training begins and kept in the run folder.
 
     Args:
-        count: how many.
+        count: how many, of all conditions in turn.
+        members: conditions of which samples are given; None for all.
     """
 
-    def __init__(self, count: int):
-        self.count, self.pairs = count, None
+    def __init__(self, count: int, members: torch.Tensor | None = None):
+        self.count, self.members, self.pairs = count, members, None
 
     def __len__(self) -> int:
         return self.count
 
+    def only(self, members: torch.Tensor) -> "DrawnSamples":
+        """Those of some conditions (M,)."""
+        return DrawnSamples(self.count, members)
+
     def begin(self, method, folder: Path) -> None:
-        """Draw them with the guided teacher of a `base.Distillation`, or find them in the run folder."""
+        """Draw them with the guided teacher of a `base.Distillation`, or find them in the run folder.
+
+        Raises:
+            UsageError: too few for one of the wanted conditions.
+        """
         from .pairs import PairCache
 
+        conditions = method.task.conditions
+        self._own = torch.arange(self.count)
+        if self.members is not None:
+            self._own = self._own[torch.isin(self._own % conditions.count, self.members)]
+        if not len(self._own):
+            raise UsageError(
+                f"The teacher draws {self.count} samples, and none of what this student draws; let it draw at least "
+                f"{conditions.count}, with --data teacher:{conditions.count}."
+            )
         self.pairs = PairCache(folder / "drawn", method.task, method.real, self.count, DRAWN_STEPS, method.seed)
 
     def batch(self, draw) -> tuple[torch.Tensor, Condition | None]:
         """As `EncodedSamples.batch`."""
-        _, x0, condition = self.pairs.batch(draw)
-        return x0, condition
+        chosen = self._own[draw.integers("pairs", len(self._own)).cpu()]
+        index = (chosen % self.pairs.conditions.count).to(draw.device)
+        return self.pairs.x0[chosen].to(draw.device), self.pairs.conditions.at(index)
 
 
 def drawn_count(source: str) -> int | None:

@@ -18,6 +18,9 @@ class RealSamples(Protocol):
     def batch(self, draw) -> tuple[torch.Tensor, Condition | None]:
         """Samples (B, C, H, W) in the teacher's space and their condition for one micro-batch."""
 
+    def only(self, members: torch.Tensor) -> "RealSamples":
+        """Those of some conditions (M,), or of some captions where they have captions of their own."""
+
 
 @dataclass
 class Task:

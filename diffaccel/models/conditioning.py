@@ -221,11 +221,13 @@ def _draws_prompts(pipeline) -> bool:
     """Whether a pipeline is Stable Diffusion's, by its parts and by what its call takes, or one that adds text encoders."""
     import diffusers
 
+    from .multi_student import MultiStudentModel
+
     parts = [getattr(pipeline, name, None) for name in ("vae", "text_encoder", "tokenizer")]
     taken = inspect.signature(type(pipeline).__call__).parameters.keys()
     return (
-        isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DConditionModel)
-        and pipeline.unet.config.time_cond_proj_dim is None  # told the guidance scale, it runs no pair
+        isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DConditionModel | MultiStudentModel)
+        and pipeline.unet.config.get("time_cond_proj_dim") is None  # told the guidance scale, it runs no pair
         and None not in parts
         and taken >= _TAKEN
         and not {"image", "mask_image"} & taken

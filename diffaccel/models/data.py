@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +130,17 @@ class RealImages:
         index = draw.integers("real", len(self.images)).cpu()
         images = to_unit_range(self.images[index]).to(draw.device)
         return images, None if self.labels is None else {"class_labels": self.labels[index].to(draw.device)}
+
+    def only(self, classes: Sequence[int] | torch.Tensor) -> "RealImages":
+        """Those of some classes.
+
+        Raises:
+            DataError: there are none.
+        """
+        keep = torch.isin(self.labels, torch.as_tensor(classes))
+        if not keep.any():
+            raise DataError(f"There are no real images of the classes {torch.as_tensor(classes).tolist()}.")
+        return RealImages(self.images[keep], self.labels[keep])
 
 
 def load_images(source: str, channels: int, size: tuple[int, int], num_classes: int | None) -> RealImages:
