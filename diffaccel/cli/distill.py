@@ -162,5 +162,5 @@ def _print_plan(run_config, folder: Path) -> None:
         resolved = {**to_dict(run_config), "method": {**resolved["method"], "student": None}}
         typer.echo(f"# {run_config.method.get('students')} students, one after the other; the plan of each:")
     typer.echo("\n".join(f"# {line}" for line in (f"run folder  {folder}", *plan.lines())))
-    typer.echo(to_yaml({key: value for key, value in resolved.items() if value is not None}), nl=False)
+    typer.echo(to_yaml(resolved), nl=False)
     plan.require_fit()
