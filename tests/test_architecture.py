@@ -30,7 +30,8 @@ RANK = {
     "distillation": 6,
     "pruning": 6,
     "solver_search": 6,
-    "cli": 7,
+    "distill_comparison": 7,
+    "cli": 8,
 }
 # Arrows that point down and are forbidden all the same.
 FORBIDDEN = {

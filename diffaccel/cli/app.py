@@ -17,6 +17,7 @@ from . import (
     compare,
     demo,
     distill,
+    distill_compare,
     environment,
     evaluate,
     listing,
@@ -54,6 +55,7 @@ def root(
 
 
 app.command(name="demo")(demo.demo)
+distill.app.command(name="compare")(distill_compare.compare)
 app.add_typer(distill.app)
 app.command(name="prune")(prune.prune)
 app.command(name="train")(train.train)

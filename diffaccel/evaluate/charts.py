@@ -2,10 +2,13 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-COLOURS = ("#1b78c8", "#d2662c", "#2e9356", "#a35bc2", "#b8912a", "#7b8794")
+COLOURS = (
+    "#1b78c8", "#d2662c", "#2e9356", "#a35bc2", "#b8912a", "#7b8794", "#c8466f", "#1f9ba6", "#8a6a4f", "#6d74d6",
+)  # fmt: skip
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 260, 52, 14, 10, 40
+_DIGIT = 7  # width of a character below the horizontal axis
 
 
 def line_chart(
@@ -42,7 +45,7 @@ def line_chart(
 
     marks = [_text(_LEFT - 6, top(tick) + 4, f"{tick:g}", "end") for tick in ticks]
     marks += [_path(f"M{_LEFT} {top(tick):.1f}H{_WIDTH - _RIGHT}", "var(--line)") for tick in ticks]
-    marks += [_text(left(x), _HEIGHT - _BOTTOM + 17, f"{x:g}", "middle") for x in xs[:: -(-len(xs) // 10)]]
+    marks += [_text(left(x), _HEIGHT - _BOTTOM + 17, f"{x:g}", "middle") for x in _apart(xs, left)]
     marks.append(_text((_LEFT + _WIDTH) / 2, _HEIGHT - 6, x_label, "middle"))
     for index, (name, y) in enumerate(levels.items()):
         marks.append(_path(f"M{_LEFT} {top(y):.1f}H{_WIDTH - _RIGHT}", "var(--faint)", "stroke-dasharray:5 4"))
@@ -71,6 +74,15 @@ def round_ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
+
+
+def _apart(xs: Sequence[float], left: Callable[[float], float]) -> list[float]:
+    """The first number, and in turn the next that leaves room for the one before."""
+    chosen, room = list(xs[:1]), _DIGIT * (1 + max(len(f"{x:g}") for x in xs))
+    for x in xs:
+        if left(x) - left(chosen[-1]) >= room:
+            chosen.append(x)
+    return chosen
 
 
 def _powers(low: float, high: float) -> list[float]:
