@@ -70,8 +70,8 @@ def model_card(
         metrics: figures by name, see `with_metrics`.
     """
     name, calls = Path(teacher).name, len(times)
-    evaluations = f"{calls} network evaluation{'s' * (calls > 1)}"
-    between = "" if calls == 1 else f", with {noise} noise in between"
+    several = "s" * (calls > 1)
+    between = f", with {noise} noise in between" if several else ""
     scale = (recipe or {}).get("method", {}).get("guidance_scale") or 1.0
     guided = f"Guidance of scale {scale:g} is folded in. " if scale != 1.0 else ""
     code = _CODE.format(source=FOLDER) + f"image = pipe({call}).images[0]"
@@ -79,16 +79,17 @@ def model_card(
     more += "Without one, negative prompts have no effect. " if text else ""
     parts = [
         f"---\n{to_yaml(_front_matter(licence, repository, method, text, adapter))}---\n",
-        f"# {name} in {calls} step{'s' * (calls > 1)}\n",
-        f"A student of {_link(name, repository)}, distilled with diffaccel. It draws an image in {evaluations}, at the times "
-        f"{', '.join(f'{t:g}' for t in times)}{between}.\n",
+        f"# {name} in {calls} step{several}\n",
+        f"A student of {_link(name, repository)}, distilled with diffaccel. It draws an image in {calls} network "
+        f"evaluation{several}, at the time{several} {', '.join(f'{t:g}' for t in times)}{between}.\n",
         "## Use\n",
         f"```python\n{code}\n```\n",
-        f"The pipeline carries the student's scheduler and list of times, so a call needs neither steps nor guidance. {guided}{more}"
-        f"NFE is {calls} (a guidance pair would count as two).\n",
+        "The pipeline carries the student's scheduler and list of times, so a call needs neither steps nor guidance. "
+        f"{guided}{more}NFE is {calls} (a guidance pair would count as two).\n",
     ]
     if adapter:
-        told = ", ".join(filter(None, [call, f"num_inference_steps={calls}", "guidance_scale=1.0"]))
+        unguided = "" if "guidance_scale" in call else "guidance_scale=1.0"
+        told = ", ".join(filter(None, [call, f"num_inference_steps={calls}", unguided]))
         code = _CODE.format(source=repository or TEACHER) + _ADAPTED.format(folder=FOLDER)
         parts += [
             "It is also here as a LoRA adapter, `pytorch_lora_weights.safetensors`, for the pipeline of its teacher:\n",
