@@ -14,6 +14,7 @@ from .core.files import atomic_directory, write_atomic
 from .core.processes import rank_and_world, usable_device
 from .evaluate.prune_judge import Judge, judge_for
 from .models.networks import network_of
+from .models.saving import save_pipeline
 from .models.teachers import load_pipeline
 from .prune.calibration import Calibration, calibrate
 from .prune.classes import prune
@@ -21,7 +22,6 @@ from .prune.joint import search_selection, select_iteratively
 from .prune.outcome import Outcome
 from .prune.pipelines import PipelineRecovery, call_of, prompts_for
 from .prune.plan import Point, measure_alternately, plan_of, point_of
-from .prune.saving import save_pipeline
 from .prune.scores import Remembered, get_criterion, score
 from .prune.selection import SOLVERS, Selection, reachable, select
 from .prune.settings import COSTS, PruningConfig, resolve_pruning

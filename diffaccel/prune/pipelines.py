@@ -8,12 +8,12 @@ import torch
 from ..core.errors import UsageError
 from ..models.data import load_images
 from ..models.prompts import load_prompts, own_prompts
+from ..models.saving import save_pipeline
 from ..search.subjects import PipelineSubject, fine_plan
 from ..training.recipes import RunConfig, method_settings
 from ..training.rundir import RunDirectory
 from ..training.trainer import Trainer, prepare
 from .recovery import Recovery
-from .saving import save_pipeline
 from .settings import PruningConfig
 from .states import piped, recoverable
 
