@@ -22,19 +22,19 @@ def average(parameters: list[nn.Parameter], accelerator) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def not_finite(phase: str, losses: list[Loss], trained: Mapping[str, nn.Module]) -> str | None:
-    """Name what is not finite in an update of this process; None if all is.
-
-    Args:
-        losses: of the micro-batches.
-        trained: the modules by role, with their gradients.
-    """
+def faulty_loss(phase: str, losses: list[Loss]) -> str | None:
+    """Name the first loss of this process that is not finite, and its metric that is not; None if all are."""
     for loss in losses:
         if not torch.isfinite(loss.total):
             first = next((key for key, value in loss.metrics.items() if not math.isfinite(value)), None)
             metric = f" (its metric {first} is {float(loss.metrics[first])})" if first else ""
             return f"{phase} loss is {float(loss.total)}{metric}"
-    for role, module in trained.items():
+    return None
+
+
+def faulty_gradient(roles: Mapping[str, nn.Module]) -> str | None:
+    """Name the first parameter whose gradient is not finite; None if all are."""
+    for role, module in roles.items():
         for name, parameter in module.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"gradient of {role} is not finite, first that of {name},"

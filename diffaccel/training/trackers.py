@@ -81,7 +81,7 @@ class WandbTracker(Tracker):
             )
         except self._wandb.Error as error:
             raise UsageError(
-                f"W&B cannot start: {error}. Run `wandb login`, set WANDB_MODE=offline, or leave trainer.tracker out."
+                f"W&B cannot start: {str(error).rstrip('.')}. Run `wandb login`, set WANDB_MODE=offline, or leave trainer.tracker out."
             ) from None
         self._run.define_metric("*", step_metric="step")
 

@@ -19,7 +19,7 @@ from ..core.rng import KeyedRandom
 from .checkpoint import check_tensors, load_module, load_newest, read_tensors, save_checkpoint
 from .config import OptimizerConfig, TrainerConfig
 from .ema import EMA
-from .gradients import average, not_finite
+from .gradients import average, faulty_gradient, faulty_loss
 from .method import Draw, Loss, Method, Phase
 from .optimizers import (
     load_optimizer_tensors,
@@ -237,14 +237,17 @@ class Trainer:
         values = torch.stack([*totals, *norms, *shared]).tolist()
         if all(math.isfinite(value) for value in values):
             return values[: len(totals) + len(norms)]
-        found = not_finite(phase.name, losses, {role: self.method.roles[role] for role in phase.trains})
-        finders = accelerator.gather(torch.tensor([found is not None], device=accelerator.device)).tolist()
+        loss = faulty_loss(phase.name, losses)
+        gradient = faulty_gradient({role: self.method.roles[role] for role in phase.trains})
         error = NumericalError(
-            f"The {found or 'sum of losses or gradients is not finite'} in the {phase.name} update of step {self.step}; "
+            f"The {loss or gradient or 'norm of a gradient overflows'} in the {phase.name} update of step {self.step}; "
             f"no weight was changed by it. Checkpoints up to here are kept in {self.run.checkpoints}; a new run with a "
             "lower learning rate usually helps."
         )
-        error.told_elsewhere = True in finders and finders.index(True) != accelerator.process_index
+        # The loss of one process makes the averaged gradients of all not finite: the process that knows most says it.
+        known = torch.tensor([2 if loss else 1 if gradient else 0], device=accelerator.device)
+        everywhere = accelerator.gather(known).tolist()
+        error.told_elsewhere = everywhere.index(max(everywhere)) != accelerator.process_index
         raise error
 
     def _apply(self, role: str) -> None:

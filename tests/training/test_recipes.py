@@ -9,7 +9,7 @@ from diffaccel.core.errors import UsageError
 from diffaccel.distill.registry import METHODS
 from diffaccel.distill.run import resolve_distillation
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
-from diffaccel.training.recipes import method_settings, read_recipe, recipes, resolve
+from diffaccel.training.recipes import RunConfig, complete, method_settings, read_recipe, recipes, resolve
 from diffaccel.training.registry import load_method
 
 
@@ -87,7 +87,7 @@ def test_training_recipes_fit_their_method(name):
 @pytest.mark.parametrize("name", recipes("distill"))
 def test_distillation_recipes_fit_their_method(name):
     config = resolve(read_recipe("distill", name), None, [], {})
-    method_settings(config, METHODS[config.method["name"]].load().Config)
+    method_settings(config, METHODS[config.method["name"]].load(config.method).Config)
     assert config.description
 
 
@@ -99,6 +99,14 @@ def test_the_recipe_follows_teacher_and_method():
     assert general.data is None and general.trainer.steps > chosen.trainer.steps
     with pytest.raises(UsageError, match="--teacher"):
         resolve_distillation({})
+
+
+def test_what_a_run_stores_shows_every_later_change():
+    stored = complete(RunConfig({"name": "dmd"}), ["student", "critic"])
+    rate = {"critic": OptimizerConfig(lr=1e-3)}
+    changed = complete(RunConfig({"name": "dmd"}, TrainerConfig(optimizers=rate), data="digits"), ["student", "critic"])
+    found = differences(stored, changed, additions=False)
+    assert found == ["data: None -> 'digits'", "trainer.optimizers.critic.lr: 0.0001 -> 0.001"]
 
 
 def test_defaults_of_the_loop_are_valid():

@@ -125,7 +125,7 @@ def test_a_run_that_fails_is_marked_so(tmp_path, monkeypatch):
 
 
 def test_what_wandb_refuses_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", Wandb("no API key"))
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("no API key."))
     with pytest.raises(UsageError, match=r"no API key\. Run `wandb login`"):
         pictured(tmp_path / "run", "wandb")
 
