@@ -10,6 +10,8 @@ from pipelines import PIPELINES, check_close
 import diffaccel
 from diffaccel import CFG, guide
 from diffaccel.distill.methods.dmd import DMD
+from diffaccel.distill.task import Task
+from diffaccel.models.conditions import ClassConditions
 from diffaccel.models.networks import network_of
 from diffaccel.models.teachers import denoiser_of, load_pipeline
 from diffaccel.prune.classes import prune
@@ -64,7 +66,7 @@ def test_training_and_its_checkpoints(name, tmp_path):
     rates = {role: OptimizerConfig(lr=1e-4) for role in ("student", "critic")}
 
     def trainer(steps, resume):
-        method = DMD(denoiser_of(pipe), dict(pipe.scheduler.config), None, DMD.Config())
+        method = DMD(Task(denoiser_of(pipe), ClassConditions(10), pipeline=pipe), DMD.Config())
         config = TrainerConfig(steps=steps, batch_size=4, optimizers=rates, device="cpu", checkpoint_every=1)
         return Trainer(method, config, RunDirectory(tmp_path / "run", {}, resume=resume), progress=False)
 
