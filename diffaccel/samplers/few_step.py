@@ -219,6 +219,12 @@ class FewStepScheduler(PlanScheduler):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
+    def _get_compatibles(cls):
+        from . import scheduler  # noqa: F401 - a teacher's may be one of these, and its settings come along
+
+        return super()._get_compatibles()
+
+    @classmethod
     def carrying(cls, steps: FewStep, config: Mapping) -> "FewStepScheduler":
         """The scheduler of a student that was trained with ``steps``, for a teacher's scheduler ``config``."""
         times = [int(t) if t.is_integer() else t for t in steps.times]
