@@ -106,6 +106,7 @@ class SharedBase:
         self._active: list[_Pair] | None = list(self._patterns.values())
         self._select(None)
         self._frozen = dict(net.named_parameters())
+        net.enable_gradient_checkpointing = self.checkpoint_activations  # whoever asks for it gets this one
 
     @property
     def scale(self) -> float:
@@ -131,13 +132,15 @@ class SharedBase:
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them, with the adapter of the forward pass.
 
+        The network's own ``enable_gradient_checkpointing()`` does this.
+
         Raises:
             UsageError: a network without gradient checkpointing.
         """
         net = self.teacher.net
         if not getattr(net, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(net).__name__} has no gradient checkpointing; switch it off.")
-        net.enable_gradient_checkpointing(self._checkpoint)
+        type(net).enable_gradient_checkpointing(net, self._checkpoint)
 
     @contextmanager
     def selected(self, pairs: "list[_Pair] | None") -> Iterator[None]:
@@ -249,7 +252,7 @@ class AdapterDenoiser(NetworkDenoiser):
             layer.lora_A[_SLOT], layer.lora_B[_SLOT] = pair.lora_A, pair.lora_B
             layer.merge(adapter_names=[_SLOT])
             net.set_submodule(name, layer.get_base_layer())
-        del net.peft_config
+        del net.peft_config, net.enable_gradient_checkpointing
         return net
 
     @contextmanager

@@ -101,7 +101,7 @@ def _probe(config: RunConfig, changes: dict) -> tuple[float, float]:
             raise _Enough
 
     method.begin, method.end_step = timed_begin, timed_end
-    with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
+    with tempfile.TemporaryDirectory(prefix="diffaccel-") as folder, suppress(_Enough):
         launch(method, changed, Path(folder) / "run", progress=False)
     ends = ends[_UNTIMED:] if len(ends) > _UNTIMED + 1 else ends
     steps = [after - before for before, after in pairwise(ends)]

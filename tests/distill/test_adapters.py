@@ -141,7 +141,7 @@ def test_checkpointed_gradients_are_those_of_the_adapter_of_the_forward_pass(mak
         shared = SharedBase(make(), AdapterConfig(rank=2))
         student, critic = trained(shared.adapter("student")), trained(shared.adapter("critic"), steps=4)
         if checkpointing:
-            shared.checkpoint_activations()
+            student.net.enable_gradient_checkpointing()
         x, t, condition = inputs(student)
         x.requires_grad_()
         x0, features = student.forward_with_features(x, t, condition)

@@ -84,8 +84,7 @@ def test_while_nodes_are_recorded_the_student_rests_and_the_critic_learns(tmp_pa
     assert method.config.resting_steps() == 7
 
 
-@pytest.mark.parametrize("stops", [(3, 7), (8, 9)])
-@pytest.mark.parametrize("switch", ["interval", "mismatch"])
+@pytest.mark.parametrize(("switch", "stops"), [("interval", (3, 7)), ("mismatch", (8, 9))])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, switch, stops):
     settings = {"switch": switch, "switch_threshold": 0.9, "switch_decay": 0.5}
     whole = trained(disback(**settings), tmp_path / "whole", steps=12)

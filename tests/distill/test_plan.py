@@ -1,0 +1,255 @@
+"""The plan before training: bytes and operations against what training takes, refusals, and the text."""
+
+import copy
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from networks import tiny_unet
+from torch import nn
+
+from diffaccel.core.errors import UsageError
+from diffaccel.core.memory import peak_bytes
+from diffaccel.core.rng import KeyedRandom
+from diffaccel.core.schedule import VPDiscrete
+from diffaccel.distill import machine
+from diffaccel.distill import plan as plans
+from diffaccel.distill.adapters import AdapterConfig, SharedBase
+from diffaccel.distill.discriminator import FeatureDiscriminator
+from diffaccel.distill.machine import Speed, free_bytes, measure_speed
+from diffaccel.distill.methods.dmd import DMD
+from diffaccel.distill.plan import default_updates, make_plan, size
+from diffaccel.distill.rehearsal import Rehearsal, Update
+from diffaccel.distill.released import released_teacher
+from diffaccel.distill.task import Task
+from diffaccel.models.conditions import ClassConditions
+from diffaccel.models.denoiser import NetworkDenoiser
+from diffaccel.models.pixel import PixelDenoiser
+from diffaccel.training.config import TrainerConfig
+from diffaccel.training.ema import EMA
+from diffaccel.training.method import Draw, Phase
+
+VP = VPDiscrete(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0))
+CPU, FAST = torch.device("cpu"), Speed(flops=1e12, operator=1e-6)
+STUDENT = Update("student", ("student",), {"student": 1}, beside={"teacher": 2, "critic": 1})
+CRITIC = Update("critic", ("critic",), {"critic": 1}, before={"student": 1})
+
+
+def small_teacher() -> PixelDenoiser:
+    """Large enough that its activations outweigh a loss."""
+    unet = diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, num_class_embeds=11,
+    )  # fmt: skip
+    return PixelDenoiser(unet, VP, "epsilon")
+
+
+def roles_of(teacher) -> dict:
+    return {"teacher": (teacher, False), "student": (teacher, True), "critic": (teacher, True)}
+
+
+def plan_of(teacher, trainer=None, **settings):
+    settings = {"speed": FAST, "free": 2**40} | settings
+    return make_plan(roles_of(teacher), [CRITIC, STUDENT], trainer or TrainerConfig(batch_size=8), **settings)
+
+
+def measured(method: DMD, phase: Phase, count: int, accumulated: bool) -> int:
+    """Bytes of a real micro-batch beyond weights: activations and gradients."""
+    trained = [parameter for name in phase.trains for parameter in method.roles[name].parameters()]
+    for module in method.roles.values():
+        module.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True).grad = torch.zeros_like(parameter) if accumulated else None
+    draw = Draw(KeyedRandom(0), phase.name, 0, 0, count, count, CPU)
+    peak = peak_bytes(lambda: method.loss(phase, draw).total.backward(), CPU)
+    return peak + accumulated * sum(parameter.nbytes for parameter in trained)
+
+
+@pytest.mark.parametrize("mode", ["full", "checkpointing", "lora", "lora-checkpointing", "accumulated"])
+def test_the_peak_of_an_update_is_that_of_training(mode):
+    teacher = small_teacher()
+    adapters = AdapterConfig(rank=4) if "lora" in mode else None
+    trainer = TrainerConfig(batch_size=6, gradient_checkpointing="checkpointing" in mode)
+    trainer = replace(trainer, batch_size=12, micro_batches=2) if mode == "accumulated" else trainer
+    plan = plan_of(teacher, trainer, adapters=adapters)
+    shared = SharedBase(teacher, adapters) if adapters else None
+    method = DMD(Task(teacher, ClassConditions(10), shared=shared), DMD.Config(guidance_scale=2.0))
+    if trainer.gradient_checkpointing:
+        method.enable_gradient_checkpointing()
+    for phase, (update, cost) in zip(method.phases(0), plan.updates, strict=True):
+        assert update.name == phase.name
+        real = measured(method, phase, 6, mode == "accumulated")
+        assert 0.9 * real < cost.peak < 1.1 * real
+
+
+def test_an_adversarial_update_looks_through_the_teacher():
+    teacher = small_teacher()
+    head = FeatureDiscriminator.of(teacher, ClassConditions(10), 0)
+    roles = roles_of(teacher) | {"discriminator": (head, True)}
+    phases = [Phase("critic", ("critic", "discriminator"), 5), Phase("student", ("student",))]
+    updates = default_updates(phases, roles, guided=True, adversarial=True)
+    assert updates == [
+        Update("critic", ("critic", "discriminator"), {"critic": 1, "discriminator": 2}, {"student": 1}, {}, 5),
+        Update("student", ("student",), {"student": 1, "teacher": 1}, {}, {"teacher": 2, "critic": 1}),
+    ]
+    assert [update.evaluations for update in updates] == [20, 5]
+    rehearsal = Rehearsal(roles)
+    critic, student = (rehearsal.cost(update, 4) for update in updates)
+    assert critic.gradients == 4 * sum(p.numel() for m in (teacher, head) for p in m.parameters())
+    assert student.peak > rehearsal.cost(STUDENT, 4).peak * 1.3
+    through = default_updates(phases, roles, through=True)[1]
+    assert (through.graph, through.beside) == ({"student": 1, "teacher": 1, "critic": 1}, {})
+
+
+def test_weights_moments_and_average_are_those_of_training():
+    teacher = PixelDenoiser(tiny_unet(11), VP, "epsilon")
+    teacher_row, student, critic = plan_of(teacher).roles
+    module = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
+    assert (teacher_row.weights, teacher_row.gradients, teacher_row.moments, teacher_row.average) == (weights, 0, 0, 0)
+    average = sum(tensor.nbytes for tensor in EMA(module, 0.9).module.state_dict().values())
+    assert (student.weights, student.gradients, student.moments, student.average) == (
+        weights,
+        weights,
+        moments,
+        average,
+    )
+    assert critic.average == 0 and critic.moments == moments
+    small = plan_of(teacher, TrainerConfig(batch_size=8, eight_bit=True)).roles[2]
+    assert weights / 2 < small.moments < moments  # parameters of less than 4096 numbers keep 32 bits
+
+
+def test_adapters_are_counted_and_the_base_once():
+    teacher = small_teacher()
+    adapters = AdapterConfig(rank=4, base_dtype="bfloat16")
+    before = plan_of(teacher, adapters=adapters).roles  # nothing is injected into the teacher itself
+    assert not any("lora" in name for name, _ in teacher.named_modules())
+    shared = SharedBase(teacher, adapters)
+    student = shared.adapter("student")
+    roles = {"teacher": (teacher, False), "student": (student, True), "critic": (shared.adapter("critic"), True)}
+    after = make_plan(roles, [CRITIC, STUDENT], TrainerConfig(batch_size=8), speed=FAST, free=2**40)
+    assert list(before) == list(after.roles)
+    assert after.roles[1].parameters == sum(p.numel() for p in student.parameters())
+    assert after.roles[0].weights == 2 * after.roles[0].parameters
+    assert student(torch.zeros(1, 3, 16, 16), torch.ones(1), teacher.null_condition(1)).device == CPU  # left as it was
+
+
+class Layer(NetworkDenoiser):
+    """One matrix, after which nothing is known of time or condition."""
+
+    sample_shape = (8,)
+
+    def __init__(self, decides=False):
+        super().__init__(nn.Linear(8, 8, bias=False), VP, "sample")
+        self.decides = decides
+
+    def predict(self, x_t, t, condition):
+        return self.net(x_t) if not self.decides or x_t.sum() > 0 else x_t
+
+    def feature_modules(self):
+        return []
+
+
+def test_operations_of_a_matrix():
+    layer, one = Layer(), 2 * 8 * 8
+    rehearsal = Rehearsal({"teacher": (layer, False), "student": (layer, True)})
+    forward, backward = 5 * one, 5 * one  # of the weights; the input needs no gradient
+    cost = rehearsal.cost(Update("student", ("student",), {"student": 1}, beside={"teacher": 2}), 5)
+    assert cost.flops == forward + backward + 2 * 5 * one
+    assert cost.gradients == 4 * 64
+    through = rehearsal.cost(Update("student", ("student",), {"student": 1, "teacher": 1}), 5)
+    assert through.flops == forward + backward + 2 * 5 * one  # of the teacher, the gradient of the input alone
+    with pytest.raises(UsageError, match="no gradient checkpointing"):
+        rehearsal.cost(STUDENT, 5, checkpointing=True)
+
+
+def test_time_is_operations_by_speed():
+    plan = plan_of(small_teacher(), TrainerConfig(steps=100, batch_size=8, micro_batches=4), speed=Speed(1e9, 1e-5))
+    step = sum(cost.flops / 1e9 + cost.operators * 1e-5 for _, cost in plan.updates)
+    assert plan.seconds == pytest.approx(100 * 4 * step) and plan.samples == 2
+    speed = measure_speed(CPU)
+    assert speed.flops > 1e8 and 0 < speed.operator < 1e-2
+
+
+def test_a_network_that_decides_by_contents_leaves_activations_open():
+    plan = plan_of(Layer(decides=True))
+    assert plan.seconds is None and [cost for _, cost in plan.updates] == [None, None]
+    assert plan.bytes == sum(role.lasting for role in plan.roles) + 4 * 64
+    assert any(line.endswith("?") for line in plan.lines())
+
+
+def test_what_does_not_fit_is_refused_with_what_does():
+    teacher, trainer = small_teacher(), TrainerConfig(batch_size=64)
+    whole = plan_of(teacher, trainer)
+    whole.require_fit()
+    free = int(0.6 * whole.bytes)
+    with pytest.raises(UsageError) as refused:
+        plan_of(teacher, trainer, free=free).require_fit()
+    text = str(refused.value)
+    assert f"needs about {size(whole.bytes)} on cpu, of which {size(free)} are free" in text
+    for setting in ("--set trainer.micro_batches=2 (", "--set trainer.gradient_checkpointing=true (", "--lora 64"):
+        assert setting in text
+    fitting = plan_of(teacher, replace(trainer, micro_batches=2), free=free)
+    fitting.require_fit()
+    assert size(fitting.bytes) in text
+    with pytest.raises(UsageError, match=r"The least that was found, .*--lora 64.*needs"):
+        plan_of(PixelDenoiser(tiny_unet(11), VP, "epsilon"), TrainerConfig(batch_size=1), free=2**19).require_fit()
+
+
+def test_the_text_names_everything():
+    facts = {"method": "dmd", "teacher": "small", "data": "none needed"}
+    plan = plan_of(small_teacher(), TrainerConfig(steps=2000, batch_size=8, micro_batches=2), facts=facts, free=2**30)
+    lines = plan.lines()
+    assert [line.split()[0] for line in lines[:7]] == [*facts, "steps", "evaluations", "time", "memory"]
+    assert "2,000 of 8 samples in 2 parts" in lines[3] and lines[4].split()[1] == "6" and "roughly" in lines[5]
+    assert f"{size(plan.bytes)} of 1.0 GiB free on cpu" in lines[6]
+    rows = {line.split("  ")[1]: line for line in lines[8:]}
+    assert {"teacher", "student", "critic", "student update, 4 samples"} <= set(rows)
+    assert f"{plan.roles[1].parameters:,}" in rows["student"] and "not counted" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("sd15", 859.5), ("sdxl", 2567.5), ("sd3", 2028.3), ("dit", 749.8), ("ddpm-cifar10", 35.7)]
+)
+def test_released_teachers_have_their_number_of_parameters(name, millions):
+    assert sum(p.numel() for p in released_teacher(name).parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_released_teacher_is_planned_without_weights():
+    plan = make_plan(roles_of(released_teacher("ddpm-cifar10")), [CRITIC], TrainerConfig(batch_size=1), speed=FAST)
+    assert plan.roles[0].weights == 4 * 35746307 and plan.updates[0][1].peak > plan.roles[1].gradients
+
+
+def test_free_memory(tmp_path, monkeypatch):
+    assert 0 < free_bytes(CPU) < 2**46
+    group = tmp_path / "cgroup"
+    group.mkdir()
+    monkeypatch.setattr(machine, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_CGROUP", group)
+    (tmp_path / "meminfo").write_text("MemTotal: 4096 kB\nMemAvailable:    2048 kB\n")
+    assert free_bytes(CPU) == 2**21
+    for name, text in {
+        "memory.max": "1500000",
+        "memory.current": "900000",
+        "memory.stat": "inactive_file 400000",
+    }.items():
+        (group / name).write_text(text + "\n")
+    assert free_bytes(CPU) == 1_000_000
+    (group / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) == 2**21
+
+
+def test_what_networks_hold_already_counts_as_free(monkeypatch):
+    monkeypatch.setattr(plans, "free_bytes", lambda device: 1000)
+    teacher = small_teacher()
+    held = sum(tensor.nbytes for tensor in teacher.state_dict().values())
+    assert plan_of(teacher, free=None).free == 1000 + held
+    meta = make_plan(roles_of(released_teacher("ddpm-cifar10")), [], TrainerConfig(batch_size=1), speed=FAST)
+    assert meta.free == 1000
