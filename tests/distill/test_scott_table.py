@@ -176,7 +176,13 @@ def test_the_methods_grid_and_substeps_have_the_oracle_as_their_fixed_point(node
         x = x.repeat_interleave(COUNT).reshape(-1, 1, 1, 1)
         times = method.intervals[level].expand(len(x), -1)
         ends = solve_between(
-            method.real, x, times, None, eta, "ddim", lambda step: torch.randn(x.shape, generator=generator).double()
+            method.real,
+            x,
+            times,
+            None,
+            eta,
+            "ddim",
+            lambda step, shape=x.shape: torch.randn(shape, generator=generator).double(),
         )
         targets = oracle(level + 1, ends.reshape(3, COUNT).numpy())
         error = np.abs(targets.mean(1) - oracle(level, x.reshape(3, COUNT)[:, 0].numpy()))
