@@ -96,7 +96,7 @@ class Estimator:
         return found
 
     def suggestions(self, trainer: TrainerConfig, adapters: AdapterConfig | None, free: int) -> list[tuple[str, int]]:
-        """Settings to type and the bytes of the run with them: a few that fit, or else those that do not.
+        """Settings to type and the bytes of the run with them: a few that fit, or else all others, at least.
 
         What changes nothing but time comes first.
         """
@@ -106,7 +106,8 @@ class Estimator:
                 variant, count = self._fewest_parts(replace(trainer, **changes), lora or adapters, free)
             except UsageError:  # a network without gradient checkpointing
                 continue
-            (fitting if count <= free else rest).append((_typed(trainer, variant, lora), count))
+            if typed := _typed(trainer, variant, lora):
+                (fitting if count <= free else rest).append((typed, count))
             if len(fitting) == SUGGESTIONS:
                 break
         return fitting or rest
@@ -138,9 +139,8 @@ class Estimator:
         rows, share = self.roles(trainer, adapters), trainer.batch_size // self._processes
         parts = [count for count in range(trainer.micro_batches, share + 1) if share % count == 0]
         finest = replace(trainer, micro_batches=parts[-1])
-        least = sum(row.lasting for row in rows) + min(row.gradients for row in rows if row.gradients)
-        if least > free:  # whatever activations take
-            return finest, total_bytes(rows, [])
+        if (least := total_bytes(rows, [])) > free:  # whatever activations take
+            return finest, least
         if (count := total_bytes(rows, self.costs(trainer, adapters))) <= free or len(parts) == 1:
             return trainer, count
         low = total_bytes(rows, self.costs(finest, adapters))

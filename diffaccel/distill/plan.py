@@ -97,13 +97,12 @@ class Plan:
             return
         found = self.suggestions()
         fitting = [f"{text} ({size(count)})" for text, count in found if count <= self.free]
+        text, count = min(found, key=lambda item: item[1], default=("", self.bytes))
+        advice = "A smaller teacher or a larger machine is needed."
         if fitting:
             advice = f"What fits: {'; '.join(fitting)}."
-        elif found:
-            text, count = min(found, key=lambda item: item[1])
-            advice = f"The least that was found, {text}, needs {size(count)}: a smaller teacher or a larger machine is needed."
-        else:
-            advice = "A smaller teacher or a larger machine is needed."
+        elif count < self.bytes:
+            advice = f"Even {text} needs {size(count)} or more. {advice}"
         raise UsageError(
             f"This run needs about {size(self.bytes)} on {self.device.type}, of which {size(self.free)} are free. {advice}"
         )

@@ -1,6 +1,7 @@
 """`diffaccel distill`: the run folder, where settings come from, what is printed where."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -41,8 +42,8 @@ def test_dry_run_is_a_config_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("distill", "--teacher", "digits", "--dry-run")
     assert list(tmp_path.iterdir()) == [] and done.err == ""
-    told = dict(line.split()[1:3] for line in done.out.splitlines() if line.startswith("# "))
-    assert told["student"] == told["critic"] == "177,553"
+    told = dict(re.findall(r"^#   (student|critic) +([\d,]+) ", done.out, re.MULTILINE))
+    assert told == {"student": "177,553", "critic": "177,553"}
     (tmp_path / "plan.yaml").write_text(done.out)
     assert settings(run, "--config", "plan.yaml") == yaml.safe_load(done.out)
 
