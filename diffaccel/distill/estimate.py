@@ -11,7 +11,7 @@ from torch import nn
 from ..core.errors import UsageError
 from ..models.denoiser import Condition
 from ..training.config import TrainerConfig
-from .adapters import AdapterConfig, AdapterDenoiser
+from .adapters import AdapterConfig, AdapterDenoiser, find_targets
 from .rehearsal import Cost, Rehearsal, Update
 
 SUGGESTIONS = 3
@@ -102,10 +102,7 @@ class Estimator:
         """
         fitting, rest = [], []
         for changes, lora in self._variants(trainer, adapters):
-            try:
-                variant, count = self._fewest_parts(replace(trainer, **changes), lora or adapters, free)
-            except UsageError:  # a network without gradient checkpointing
-                continue
+            variant, count = self._fewest_parts(replace(trainer, **changes), lora or adapters, free)
             if typed := _typed(trainer, variant, lora):
                 (fitting if count <= free else rest).append((typed, count))
             if len(fitting) == SUGGESTIONS:
@@ -119,7 +116,8 @@ class Estimator:
         return self._rehearsals[key]
 
     def _variants(self, trainer: TrainerConfig, adapters) -> Iterator[tuple[dict, AdapterConfig | None]]:
-        checkpointing = {} if trainer.gradient_checkpointing else {"gradient_checkpointing": True}
+        more = not trainer.gradient_checkpointing and self._rehearsal(adapters).checkpointable
+        checkpointing = {"gradient_checkpointing": True} if more else {}
         yield {}, None
         if checkpointing:
             yield checkpointing, None
@@ -127,12 +125,21 @@ class Estimator:
             yield checkpointing | {"precision": "bf16"}, None
         if self._device.type == "cuda" and not trainer.eight_bit and importlib.util.find_spec("bitsandbytes"):
             yield checkpointing | {"eight_bit": True}, None
-        single = any(isinstance(module, AdapterDenoiser) for module, _ in self._given.values())
-        if adapters is None and not single and importlib.util.find_spec("peft"):
+        if adapters is None and self._adaptable():
             lora = AdapterConfig()
             yield {}, lora
             if checkpointing:
                 yield checkpointing, lora
+
+    def _adaptable(self) -> bool:
+        """Whether adapters can take the place of the trained networks."""
+        if any(isinstance(module, AdapterDenoiser) for module, _ in self._given.values()):
+            return False
+        try:
+            find_targets(self._given["teacher"][0].net)
+        except UsageError:
+            return False
+        return importlib.util.find_spec("peft") is not None
 
     def _fewest_parts(self, trainer: TrainerConfig, adapters, free: int) -> tuple[TrainerConfig, int]:
         """The trainer with the fewest micro-batches that fit, or else as many as there are samples, and its bytes."""

@@ -188,18 +188,23 @@ class Rehearsal:
         x = torch.empty(count, *model.sample_shape, device=self.device)
         return x, torch.empty(count, device=self.device), given or None
 
+    @property
+    def checkpointable(self) -> bool:
+        """Whether every trained network has gradient checkpointing."""
+        return all(getattr(net, "_supports_gradient_checkpointing", False) for net in self._networks())
+
+    def _networks(self) -> list[nn.Module]:
+        """Of the trained roles, discriminators excepted."""
+        return [self.roles[name].net for name in self.trained if isinstance(self.roles[name], NetworkDenoiser)]
+
     def _checkpoint(self, enable: bool) -> None:
-        for name in self.trained:
-            net = getattr(self.roles[name], "net", None)
-            if net is None:
-                continue
-            if not enable:
-                if getattr(net, "is_gradient_checkpointing", False):
-                    net.disable_gradient_checkpointing()
-            elif getattr(net, "_supports_gradient_checkpointing", False):
+        if enable and not self.checkpointable:
+            raise UsageError("A network of this method has no gradient checkpointing; switch it off.")
+        for net in self._networks():
+            if enable:
                 net.enable_gradient_checkpointing()
-            else:
-                raise UsageError(f"{type(net).__name__} has no gradient checkpointing; switch it off.")
+            elif getattr(net, "is_gradient_checkpointing", False):
+                net.disable_gradient_checkpointing()
 
 
 class _Operations(TorchDispatchMode):
