@@ -139,7 +139,7 @@ def _charts(students: Sequence[Mapping], folder: Path) -> list[str]:
         steps = sorted(set.intersection(*(set(dict(one)) for one in curves))) if curves else []
         if steps:
             # Time is proportional to steps within one run; where it was interrupted its clock began anew.
-            share = statistics.fmean(run["wall_seconds"] / run["steps"] for run in row["runs"])
+            share = statistics.fmean(run["cpu_seconds"] / run["steps"] for run in row["runs"])
             means = [(step, statistics.fmean(dict(one)[step] for one in curves)) for step in steps]
             by_step[row["label"]] = [(step, y, 0.0) for step, y in means]
             by_time[row["label"]] = [(round(step * share, 1), y, 0.0) for step, y in means]
@@ -147,8 +147,8 @@ def _charts(students: Sequence[Mapping], folder: Path) -> list[str]:
         return []
     return [
         "<h2>Over the training</h2>",
-        line_chart(f"{name} of the student", by_step, x_label="training step", logarithmic=True),
-        line_chart(f"{name} of the student", by_time, x_label="seconds", logarithmic=True),
+        line_chart(f"{name} over training steps", by_step, x_label="training step", logarithmic=True),
+        line_chart(f"{name} over processor time", by_time, x_label="CPU seconds", logarithmic=True),
         "<p class='small'>The moving average, on fewer images than in the table, so its level is another one.</p>",
     ]
 

@@ -74,7 +74,7 @@ SIGNALS = (
         1.0,
     ),
     Signal("student/ratio_std", "moderate; near 0 the discriminator sees no difference, above 3 few samples count"),
-    Signal("student/weight_std", "how much the divergence acts; near 0 it is plain dmd"),
+    Signal("student/weight_std", "above 0, where the divergence acts; near 0 it is plain dmd"),
     Signal("student/adversarial", "wavers about a level; rising steadily, the discriminator wins"),
     Signal("student/regression", "falls, then levels"),
     Signal("student/consistency", "falls quickly, then slowly; its value says little of the samples, so look at the pictures"),
@@ -187,8 +187,7 @@ def _curves(metrics: Sequence[Mapping]) -> list[str]:
             continue
         logarithmic = signal.pattern.startswith("validation/FD") and min(y for p in own.values() for _, y in p) > 0.0
         levels = {} if signal.level is None else {"": signal.level}
-        chart = line_chart(
-            signal.pattern, lines, levels, "training step", zero=signal.level is None, logarithmic=logarithmic
-        )
+        title = signal.pattern if len(lines) > 1 else next(iter(lines))
+        chart = line_chart(title, lines, levels, "training step", zero=signal.level is None, logarithmic=logarithmic)
         parts.append(f"<div class='signal'>{chart}<p class='small'>Healthy: {html.escape(signal.healthy)}.</p></div>")
     return parts

@@ -102,7 +102,7 @@ def test_curves_are_means_over_seeds_by_steps_and_by_time(content, tmp_path):
     share = (heights[2] - heights[3]) / (heights[2] - heights[1])
     assert share == pytest.approx(math.log2(5 / 4), abs=0.01)
     assert {"10", "40"} <= {label.text for label in by_step.iter("text")}
-    assert {"2.5", "10"} <= {label.text for label in by_time.iter("text")}  # 10 seconds for 40 steps
+    assert {"2", "8"} <= {label.text for label in by_time.iter("text")}  # 8 seconds for 40 steps
 
 
 def test_run_page_shows_pictures_and_signals(tmp_path):
