@@ -217,7 +217,6 @@ class _Comparison:
             if not spent["done"] and (folder / "metrics.jsonl").is_file():
                 write_run_page(folder)
         report_student(config, folder)
-        write_run_page(folder)
 
     def _measured(self, name: str, model: str, **drawing) -> dict:
         """What the judge says, now or before of the same images."""
