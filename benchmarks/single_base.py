@@ -9,7 +9,7 @@ backward, optimiser; student forward, teacher (a pair) and critic forward, stude
 average, which adds another copy of what the student trains.
 
 Each variant runs in a process of its own. Memory is what PyTorch allocates on CUDA, and on the CPU the peak of the process
-above what it has after its imports; "planned" is what the plan before a distillation says of it. Times are of the fastest
+above what it has after a step of a tiny network; "planned" is what the plan before a distillation says of it. Times are of the fastest
 step after the first.
 """
 
@@ -50,55 +50,67 @@ VARIANTS = {  # base of adapters, gradient checkpointing
 }
 
 
-def make_teacher(width: float, device: torch.device) -> UNetConditionDenoiser:
+def make_method(width: float, size: int, variant: str, options) -> DMD:
+    """DMD of a random teacher for latents of size × size."""
+    dtype, checkpointing = VARIANTS[variant]
+    device = torch.device(options.device)
     cls, config = RELEASED["sd15"]
     channels = tuple(int(count * width) for count in config["block_out_channels"])
     with seeded(0), device:
-        net = cls(**config | {"block_out_channels": channels})
+        net = cls(**config | {"block_out_channels": channels, "sample_size": size})
     schedule = VPDiscrete(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0))
-    return UNetConditionDenoiser(
-        net, schedule, "epsilon", {"encoder_hidden_states": torch.zeros(77, 768, device=device)}
-    )
-
-
-def planned(teacher, method: DMD, trainer: TrainerConfig, device: torch.device) -> int:
-    roles = {"teacher": (teacher, False)} | {name: (module, True) for name, module in method.roles.items()}
-    updates = default_updates(method.phases(0), method.roles, guided=True)
-    plan = make_plan(roles, updates, trainer, average="", device=device, speed=Speed(1.0, 1.0))
-    return plan.bytes
-
-
-def measure(name: str, options) -> dict:
-    """One variant, in this process."""
-    dtype, checkpointing = VARIANTS[name]
-    device = torch.device(options.device)
-    torch.set_num_threads(options.threads)
-    began = memory()
-    teacher = make_teacher(options.width, device)
-    shared = SharedBase(teacher, AdapterConfig(rank=options.rank, base_dtype=dtype)) if dtype else None
     states = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0))
-    task = Task(teacher, PromptConditions(["a cat"], {"encoder_hidden_states": states}), shared=shared)
-    method = DMD(task, DMD.Config(guidance_scale=7.5))
+    null = {"encoder_hidden_states": torch.zeros(77, 768, device=device)}
+    teacher = UNetConditionDenoiser(net, schedule, "epsilon", null)
+    shared = SharedBase(teacher, AdapterConfig(rank=options.rank, base_dtype=dtype)) if dtype else None
+    conditions = PromptConditions(["a cat"], {"encoder_hidden_states": states})
+    method = DMD(Task(teacher, conditions, shared=shared), DMD.Config(guidance_scale=7.5))
     if checkpointing:
         method.enable_gradient_checkpointing()
-    trainer = TrainerConfig(batch_size=1, precision=options.precision, gradient_checkpointing=checkpointing)
+    return method
+
+
+def train(method: DMD, steps: int, options) -> list[float]:
+    """Seconds of each step."""
+    device, times = torch.device(options.device), []
     optimizers = {
         role: make_optimizer(module.parameters(), OptimizerConfig(lr=1e-5)) for role, module in method.roles.items()
     }
-    times = []
-    for step in range(options.steps + 1):
+    for step in range(steps):
         start = time.perf_counter()
         for phase in method.phases(step):
             update(method, phase, step, optimizers, device, options.precision)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory(peak=True) - began
+    return times
+
+
+def measure(variant: str, options) -> dict:
+    """One variant, in this process."""
+    torch.set_num_threads(options.threads)
+    train(
+        make_method(0.1, 8, variant, options), 1, options
+    )  # imports and kernels that are made ready are not its memory
+    cuda, began = options.device == "cuda", memory()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    method = make_method(options.width, 64, variant, options)
+    times = train(method, options.steps + 1, options)
+    peak = torch.cuda.max_memory_allocated() if cuda else memory(peak=True) - began
     trained = sum(p.numel() for module in method.roles.values() for p in module.parameters())
     return {
-        "parameters": sum(p.numel() for p in teacher.parameters()), "trained": trained, "peak": peak,
-        "planned": planned(teacher, method, trainer, device), "seconds": min(times[1:]), "times": times,
+        "parameters": sum(p.numel() for p in method.teacher.parameters()), "trained": trained, "peak": peak,
+        "planned": planned(method, VARIANTS[variant][1], options), "seconds": min(times[1:]), "times": times,
     }  # fmt: skip
+
+
+def planned(method: DMD, checkpointing: bool, options) -> int:
+    """Bytes that the plan before such a run says."""
+    roles = {"teacher": (method.teacher, False)} | {name: (module, True) for name, module in method.roles.items()}
+    updates = default_updates(method.phases(0), method.roles, guided=True)
+    trainer = TrainerConfig(batch_size=1, precision=options.precision, gradient_checkpointing=checkpointing)
+    return make_plan(roles, updates, trainer, average="", device=options.device, speed=Speed(1.0, 1.0)).bytes
 
 
 def update(method: DMD, phase, step: int, optimizers: dict, device: torch.device, precision: str) -> None:

@@ -119,11 +119,12 @@ def distill(
     try:
         check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     except MissingWeightsError:
-        from ..distill.planning import plan_unseen
+        if dry_run:
+            from ..distill.planning import plan_unseen
 
-        if plan := plan_unseen(run_config):
-            (typer.echo if dry_run else note)("\n".join(plan.lines()))
-            plan.require_fit()
+            if plan := plan_unseen(run_config):
+                typer.echo("\n".join(plan.lines()))
+                plan.require_fit()
         raise
     from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation

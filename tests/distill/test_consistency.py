@@ -199,7 +199,9 @@ def test_without_noise_it_is_the_update_of_latent_consistency_models(metric):
         difference = function(student.net, x_t, times, labels) - wanted
         loss = (difference**2 if metric == "l2" else (difference**2 + 1e-3**2).sqrt() - 1e-3).mean()
         loss.backward()
-        torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
+        # Huber's gradient turns a rounding of 1e-7 into 1e-7 / c = 1e-4 of the next weights.
+        exact = 1e-6 if step == 0 or metric == "l2" else 1e-4
+        torch.testing.assert_close(found, loss, rtol=exact, atol=1e-6)
         with torch.no_grad():
             for model in (own, student):
                 for parameter in model.parameters():
@@ -209,8 +211,9 @@ def test_without_noise_it_is_the_update_of_latent_consistency_models(metric):
             for average, source in zip(target.parameters(), student.parameters(), strict=True):
                 average.copy_(0.95 * average + 0.05 * source)
     assert (weights(student) - weights(real)).abs().max() > 1e-3
-    assert (weights(own) - weights(student)).abs().max() < 1e-6
-    assert (weights(method.target) - weights(target)).abs().max() < 1e-6
+    close = 1e-6 if metric == "l2" else 1e-5
+    assert (weights(own) - weights(student)).abs().max() < close
+    assert (weights(method.target) - weights(target)).abs().max() < close
 
 
 @pytest.mark.parametrize(("schedule", "boundary"), [(VP, 10.0), (VE(0.01, 10.0), 1.0), (Flow(), 10.0)])

@@ -12,9 +12,8 @@ from diffaccel.core.schedule import from_diffusers
 from diffaccel.samplers.registry import SAMPLERS
 
 VP = [name for name, case in PIPELINES.items() if case.family == "vp"]
-CLASSES = [
-    name for name in diffaccel.__all__ if name.endswith("Scheduler") and name != "SearchedScheduler"
-]  # has a plan
+OWN = ("SearchedScheduler", "FewStepScheduler")  # have a plan, or a list of times
+CLASSES = [name for name in diffaccel.__all__ if name.endswith("Scheduler") and name not in OWN]
 STEPS = 4
 
 
