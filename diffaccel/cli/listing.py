@@ -62,7 +62,16 @@ def _guidance_settings():
 def _methods():
     from ..distill.registry import METHODS
 
-    return [{"name": m.name, "what": m.summary, "network calls": m.cost, "paper": m.paper} for m in METHODS.values()]
+    return [
+        {
+            "name": m.name,
+            "what": m.summary,
+            "network calls": m.cost,
+            "presets": ", ".join(m.presets) or "none",
+            "paper": m.paper,
+        }
+        for m in METHODS.values()
+    ]
 
 
 def _teachers():

@@ -100,6 +100,12 @@ METHODS = {
             "Song et al. 2023 (arXiv 2303.01469); Luo et al. 2023, LCM (2310.04378); Liu et al. 2025, SCott (2403.01505)",
             "3, twice that under guidance",
             f"{_MODULE}.consistency:Consistency",
+            {
+                "cd": {"grid": "karras", "grid_steps": 40, "metric": "l2", "boundary": 1.0},
+                "lcm": {"grid_steps": 50, "metric": "huber", "boundary": 10.0, "target_decay": 0.95},
+                "lcm-lora": {"grid_steps": 50, "metric": "huber", "boundary": 10.0, "target_decay": 0.0},
+                "scott": {"grid_steps": 42, "substeps": 3, "eta": 0.2, "adversarial_weight": 0.4, "student_steps": 2},
+            },
         ),
         MethodInfo(
             "pairs",
