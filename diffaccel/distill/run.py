@@ -67,8 +67,11 @@ def build_method(config: RunConfig, say: Callable[[str], None] | None = None):
         UsageError, DataError, MissingWeightsError: what cannot be distilled, opened or found.
     """
     method_class, settings = check_method(config)
-    task = build_task(config, say)
-    return method_class(task, settings, config.trainer.seed)
+    method = method_class(build_task(config, say), settings, config.trainer.seed)
+    # A recipe sets rates for helpers that some settings of its method do without.
+    unused = {"critic", "discriminator"} - method.roles.keys()
+    config.trainer.optimizers = {role: one for role, one in config.trainer.optimizers.items() if role not in unused}
+    return method
 
 
 def check_method(config: RunConfig) -> tuple[type, Any]:

@@ -10,7 +10,7 @@ from distilling import tiny_task, trained
 
 from diffaccel.core.errors import DataError, UsageError
 from diffaccel.distill.registry import METHODS, MethodInfo, get_method, register
-from diffaccel.distill.run import check_method, resolve_distillation
+from diffaccel.distill.run import build_method, check_method, resolve_distillation
 from diffaccel.training.recipes import method_settings, recipes
 
 DOCS = Path(__file__).parents[2] / "docs" / "distillation.md"
@@ -103,6 +103,19 @@ def test_every_recipe_resolves_and_its_settings_are_known(name):
     config = resolve_distillation(own, recipe=name)
     method_settings(config, get_method(config.method["name"]).load(config.method).Config)
     assert config.description and recipe["method"]["name"] in METHODS
+
+
+@pytest.mark.parametrize(
+    ("method", "roles"),
+    [
+        ({"name": "f-distill", "divergence": "reverse-kl"}, {"student", "critic"}),
+        ({"name": "dmd", "preset": "ladd"}, {"student", "discriminator"}),
+    ],
+)
+def test_a_recipe_serves_settings_that_do_without_a_helper(method, roles):
+    config = resolve_distillation({"teacher": "digits", "data": "digits", "method": method})
+    assert build_method(config).roles.keys() == roles
+    assert set(config.trainer.optimizers) <= roles
 
 
 def test_a_recipe_of_another_method_is_refused():
