@@ -2,7 +2,7 @@
 
     python benchmarks/single_base.py                 # on CUDA, or on a CPU with 32 GB of memory
     python benchmarks/single_base.py --width 0.5     # half of the channels: 215 M parameters, 9 GB
-    python benchmarks/single_base.py --only "single base" "single base in bfloat16" --steps 5
+    python benchmarks/single_base.py --plan --only "three networks" "single base"
 
 A step is one of DMD with random weights, one image of 64 × 64 latents and guidance: student forward, critic forward and
 backward, optimiser; student forward, teacher (a pair) and critic forward, student backward, optimiser. There is no moving
@@ -50,10 +50,10 @@ VARIANTS = {  # base of adapters, gradient checkpointing
 }
 
 
-def make_method(width: float, size: int, variant: str, options) -> DMD:
+def make_method(width: float, size: int, variant: str, options, device: str) -> DMD:
     """DMD of a random teacher for latents of size × size."""
     dtype, checkpointing = VARIANTS[variant]
-    device = torch.device(options.device)
+    device = torch.device(device)
     cls, config = RELEASED["sd15"]
     channels = tuple(int(count * width) for count in config["block_out_channels"])
     with seeded(0), device:
@@ -89,13 +89,16 @@ def train(method: DMD, steps: int, options) -> list[float]:
 def measure(variant: str, options) -> dict:
     """One variant, in this process."""
     torch.set_num_threads(options.threads)
-    train(
-        make_method(0.1, 8, variant, options), 1, options
-    )  # imports and kernels that are made ready are not its memory
+    if options.plan:
+        return {
+            "planned": planned(make_method(options.width, 64, variant, options, "meta"), VARIANTS[variant][1], options)
+        }
+    # Imports and kernels that are made ready are not memory of a variant.
+    train(make_method(0.1, 8, variant, options, options.device), 1, options)
     cuda, began = options.device == "cuda", memory()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    method = make_method(options.width, 64, variant, options)
+    method = make_method(options.width, 64, variant, options, options.device)
     times = train(method, options.steps + 1, options)
     peak = torch.cuda.max_memory_allocated() if cuda else memory(peak=True) - began
     trained = sum(p.numel() for module in method.roles.values() for p in module.parameters())
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", default=list(VARIANTS))
+    parser.add_argument("--plan", action="store_true", help="only what the plan says; nothing is computed")
     parser.add_argument("--json", type=Path, help="keeps the figures")
     parser.add_argument("--part", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,6 +156,7 @@ def main() -> None:
     settings = [
         f"--{name}={getattr(options, name)}" for name in ("width", "rank", "steps", "device", "precision", "threads")
     ]
+    settings += ["--plan"] * options.plan
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         for name in options.only:
@@ -159,15 +164,16 @@ def main() -> None:
             found[name] = json.loads(file.read_text())
             print(name, found[name], file=sys.stderr, flush=True)
     first = found[options.only[0]]
-    print(
-        f"{first['parameters']:,} parameters, {options.device}, precision {options.precision}, {options.threads} threads"
-    )
-    rows = [
-        (name, f"{f['trained'] / 1e6:,.1f}", f"{f['peak'] / 2**30:.2f}", f"{f['peak'] / first['peak']:.2f}",
-         f"{f['planned'] / 2**30:.2f}", f"{f['seconds']:.2f}", f"{f['seconds'] / first['seconds']:.2f}")
-        for name, f in found.items()
-    ]  # fmt: skip
-    print(table(("variant", "M trained", "peak GiB", "ratio", "planned GiB", "s/step", "ratio"), rows))
+    print(f"width {options.width}, {options.device}, precision {options.precision}, {options.threads} threads")
+    if options.plan:
+        print(table(("variant", "planned GiB"), [(name, f"{f['planned'] / 2**30:.2f}") for name, f in found.items()]))
+    else:
+        rows = [
+            (name, f"{f['trained'] / 1e6:,.1f}", f"{f['peak'] / 2**30:.2f}", f"{f['peak'] / first['peak']:.2f}",
+             f"{f['planned'] / 2**30:.2f}", f"{f['seconds']:.2f}", f"{f['seconds'] / first['seconds']:.2f}")
+            for name, f in found.items()
+        ]  # fmt: skip
+        print(table(("variant", "M trained", "peak GiB", "ratio", "planned GiB", "s/step", "ratio"), rows))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
