@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-from released import RELEASED
 from torch import nn
 
 from diffaccel.cli.output import table
@@ -32,9 +31,10 @@ from diffaccel.core.schedule import VPDiscrete
 from diffaccel.distill.adapters import AdapterConfig, SharedBase
 from diffaccel.distill.machine import Speed
 from diffaccel.distill.methods.dmd import DMD
-from diffaccel.distill.plan import default_updates, make_plan
+from diffaccel.distill.plan import make_plan
 from diffaccel.distill.task import Task
 from diffaccel.models.conditions import PromptConditions
+from diffaccel.models.released import released_network
 from diffaccel.models.unet_condition import UNetConditionDenoiser
 from diffaccel.training.config import OptimizerConfig, TrainerConfig
 from diffaccel.training.method import Draw
@@ -54,8 +54,8 @@ def make_method(width: float, size: int, variant: str, options, device: str) -> 
     """DMD of a random teacher for latents of size × size."""
     dtype, checkpointing = VARIANTS[variant]
     device = torch.device(device)
-    cls, config = RELEASED["sd15"]
-    channels = tuple(int(count * width) for count in config["block_out_channels"])
+    cls, config = released_network("sd15")
+    channels = tuple(int(count * width) for count in (320, 640, 1280, 1280))
     with seeded(0), device:
         net = cls(**config | {"block_out_channels": channels, "sample_size": size})
     schedule = VPDiscrete(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0))
@@ -111,9 +111,8 @@ def measure(variant: str, options) -> dict:
 def planned(method: DMD, checkpointing: bool, options) -> int:
     """Bytes that the plan before such a run says."""
     roles = {"teacher": (method.teacher, False)} | {name: (module, True) for name, module in method.roles.items()}
-    updates = default_updates(method.phases(0), method.roles, guided=True)
     trainer = TrainerConfig(batch_size=1, precision=options.precision, gradient_checkpointing=checkpointing)
-    return make_plan(roles, updates, trainer, average="", device=options.device, speed=Speed(1.0, 1.0)).bytes
+    return make_plan(roles, method.updates(1), trainer, average="", device=options.device, speed=Speed(1.0, 1.0)).bytes
 
 
 def update(method: DMD, phase, step: int, optimizers: dict, device: torch.device, precision: str) -> None:

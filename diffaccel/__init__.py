@@ -42,6 +42,7 @@ _PUBLIC = {
     "PerpNeg": "diffaccel.guidance.rules",
     "Rescale": "diffaccel.guidance.rules",
     "RuleGuider": "diffaccel.guidance.modular",
+    "compare_methods": "diffaccel.distill_comparison",
     "calibrate_guidance": "diffaccel.guidance.calibrate",
     "disable_guidance": "diffaccel.guidance.attach",
     "distill_model": "diffaccel.distillation",

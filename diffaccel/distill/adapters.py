@@ -74,6 +74,7 @@ class SharedBase:
 
     Attributes:
         teacher: the same denoiser; no adapter takes part in its calls.
+        own_dtype: precision that its network had.
 
     Raises:
         UsageError: peft is not installed, a network that has adapters already, or a target that it does not have.
@@ -98,6 +99,7 @@ class SharedBase:
             init_lora_weights=False,
         )
         inject_adapter_in_model(lora, net, _SLOT, low_cpu_mem_usage=True)
+        self.own_dtype = net.dtype
         with quiet_diffusers():
             net.to(_DTYPES[self.config.base_dtype]).eval().requires_grad_(False)
         self.layers = {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
@@ -243,8 +245,12 @@ class AdapterDenoiser(NetworkDenoiser):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A copy of the network, without any trace of adapters, whose weights are W + (alpha / rank)·B·A."""
-        net = copy.deepcopy(self.base.teacher.net)
+        """A copy of the network, without any trace of adapters, whose weights are W + (alpha / rank)·B·A.
+
+        It has the precision that the network had before it was shared; W is as exact as ``base_dtype`` left it.
+        """
+        with quiet_diffusers():
+            net = copy.deepcopy(self.base.teacher.net).to(self.base.own_dtype)
         if getattr(net, "is_gradient_checkpointing", False):
             net.disable_gradient_checkpointing()
         for name, pair in self._pairs.items():

@@ -17,6 +17,7 @@ from ..samplers.few_step import FewStep, FewStepScheduler
 from ..training.method import Draw, Method
 from .pairs import solve
 from .task import Task
+from .updates import Update
 
 PICTURES = 100  # of a sheet
 REFERENCES, REFERENCE_STEPS = 32, 10  # samples of the teacher whose spread a student's is compared with
@@ -82,6 +83,10 @@ class Distillation(Method):
         config, shift = self.config, self.task.scheduler_config.get("shift") or 1.0
         return FewStep.trailing(self.schedule, config.student_steps, shift=shift, start=config.student_start)
 
+    def frozen(self) -> dict[str, NetworkDenoiser]:
+        """Networks beside the roles that are evaluated but not trained, by name, the teacher among them."""
+        return {"teacher": self.teacher}
+
     def guided(self, denoiser: NetworkDenoiser) -> Guided:
         """A teacher under the guidance that is folded into the student."""
         return Guided(denoiser, self.config.guidance_scale)
@@ -117,11 +122,27 @@ class Distillation(Method):
             x0 = solve(self.real, noise, condition, REFERENCE_STEPS, shift)
         return float(x0.mean()), float(x0.std(correction=0))
 
-    def updates(self, steps: int) -> list:
-        """The `rehearsal.Update`s of a training step when all phases of a run of ``steps`` have begun, for its plan."""
-        from .plan import default_updates  # not needed for training
+    def updates(self, steps: int) -> list[Update]:
+        """What a training step evaluates when all phases of a run of ``steps`` have begun, for its plan.
 
-        return default_updates(self.phases(steps - 1), self.roles, guided=self.real.scale != 1.0)
+        Unless a method says it, each role that a phase trains is taken to be called once, and the teacher beside the student.
+        """
+        found = []
+        for phase in self.phases(steps - 1):
+            student = "student" in phase.trains
+            drawn, judged = ({}, {"teacher": self.teacher_calls}) if student else ({"student": 1}, {})
+            found.append(Update(phase.name, phase.trains, dict.fromkeys(phase.trains, 1), drawn, judged, phase.repeats))
+        return found
+
+    @property
+    def teacher_calls(self) -> int:
+        """Network evaluations of one of the guided teacher, in one call."""
+        return 1 if self.real.scale == 1.0 else 2
+
+    @property
+    def earlier_calls(self) -> tuple[int, ...]:
+        """Of the student, before the one that `student_sample` returns; their mean number, rounded up."""
+        return (1,) * (len(self.steps.times) // 2)
 
     # Sampling.
 

@@ -2,7 +2,7 @@ r"""What a distillation takes, told before it starts: memory by role, evaluation
 
     plan = make_plan(
         {"teacher": (teacher, False), "student": (teacher, True), "critic": (teacher, True)},
-        default_updates(method.phases(steps), method.roles), trainer, device="cuda", facts={"method": "dmd", "teacher": "sd15"},
+        method.updates(steps), trainer, device="cuda", facts={"method": "dmd", "teacher": "sd15"},
     )
     print(*plan.lines(), sep="\n")
     plan.require_fit()
@@ -20,7 +20,6 @@ from torch import nn
 from ..core.errors import UsageError
 from ..models.denoiser import Condition
 from ..training.config import TrainerConfig
-from ..training.method import Phase
 from .adapters import AdapterConfig, AdapterDenoiser
 from .estimate import Estimator, RoleMemory, total_bytes
 from .machine import Speed, free_bytes, measure_speed
@@ -180,32 +179,6 @@ def make_plan(
     )
 
 
-def default_updates(
-    phases: Sequence[Phase], roles: Mapping[str, nn.Module], main: str = "student", guided: bool = False,
-    adversarial: bool = False, through: bool = False,
-) -> list[Update]:  # fmt: skip
-    """Updates of distribution matching and what resembles it.
-
-    Args:
-        phases: of a training step.
-        roles: the trained modules; "critic" and "discriminator" are known by name.
-        main: the role of the student.
-        guided: whether the teacher is under guidance.
-        adversarial: whether the student's loss looks through the teacher at a discriminator.
-        through: whether the student's loss has gradients through teacher and critic, as that of SiD has.
-    """
-    teacher = {"teacher": 2 if guided else 1} | ({"critic": 1} if "critic" in roles else {})
-    updates = []
-    for phase in phases:
-        graph = {name: 2 if name == "discriminator" else 1 for name in phase.trains}
-        before, beside = {main: 1}, {}
-        if main in phase.trains:
-            graph |= (teacher if through else {}) | ({"teacher": 1} if adversarial and not through else {})
-            before, beside = {}, {} if through else teacher
-        updates.append(Update(phase.name, phase.trains, graph, before, beside, phase.repeats))
-    return updates
-
-
 def size(count: int) -> str:
     """Bytes for people: 3.2 GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
@@ -225,7 +198,7 @@ def _held(modules: Sequence[nn.Module], device: torch.device) -> int:
 
 
 def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+    for unit, name in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{seconds:.0f} s"

@@ -8,12 +8,11 @@ from ..core.processes import rank_and_world
 from ..core.schedule import VPDiscrete
 from ..models.conditions import ClassConditions, NoConditions, PromptConditions
 from ..models.denoiser import Condition
+from ..models.released import has_released, released_teacher
 from ..training.recipes import RunConfig
-from .adapters import AdapterConfig
 from .base import Distillation
 from .plan import Plan, make_plan
-from .released import has_released, released_teacher
-from .run import card_facts, check_settings
+from .run import adapter_config, card_facts, check_settings
 from .task import Task
 
 SMALL = 5_000_000  # parameters of a teacher below which memory is no question and nothing is planned before training
@@ -41,13 +40,16 @@ def plan_unseen(config: RunConfig) -> Plan | None:
     method = method_class(
         Task(teacher, conditions, data=_Unseen() if config.data else None), settings, config.trainer.seed
     )
-    adapters = AdapterConfig(rank=config.lora) if config.lora else None
-    return _plan(method, config, null, adapters)
+    return _plan(method, config, null, adapter_config(config))
 
 
 def _plan(method: Distillation, config: RunConfig, condition: Condition | None, adapters) -> Plan:
     gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
-    roles = {"teacher": (method.teacher, False), **{name: (module, True) for name, module in method.roles.items()}}
+    roles = {
+        name: (module, trained)
+        for part, trained in ((method.frozen(), False), (method.roles, True))
+        for name, module in part.items()
+    }
     return make_plan(
         roles,
         method.updates(config.trainer.steps),

@@ -5,8 +5,8 @@ what does not fit is known before anything is allocated. What operators store fo
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from ..core.errors import UsageError
 from ..core.memory import peak_bytes
 from ..models.denoiser import Condition, NetworkDenoiser
 from .adapters import AdapterConfig, AdapterDenoiser, SharedBase
+from .updates import Update, calls
 
 _ATEN = torch.ops.aten
 _FORMULAS = {
@@ -27,33 +28,6 @@ _FORMULAS = {
         _ATEN._scaled_dot_product_flash_attention_backward
     ],
 }
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update of a training step evaluates, by role and for each sample of the batch.
-
-    Attributes:
-        name: of the phase.
-        trains: roles that get gradients.
-        graph: evaluations that are kept for the backward pass. Those of a role that is not trained carry gradients to its
-            input, as the teacher's do in an adversarial loss.
-        before, beside: evaluations without gradients, before those of the graph and while it is kept; each role's are one
-            call: 2 for a guided teacher.
-        repeats: how many such updates a training step makes.
-    """
-
-    name: str
-    trains: tuple[str, ...]
-    graph: Mapping[str, int]
-    before: Mapping[str, int] = field(default_factory=dict)
-    beside: Mapping[str, int] = field(default_factory=dict)
-    repeats: int = 1
-
-    @property
-    def evaluations(self) -> int:
-        """Of networks, for each sample; the pair of guidance counts twice."""
-        return self.repeats * sum(sum(part.values()) for part in (self.before, self.graph, self.beside))
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,7 @@ class Rehearsal:
         roles: modules by name and whether they are trained; names may share a module of which each is to have a copy.
             Trained modules that are no denoisers (a discriminator) are called with features of ``teacher``, whose
             evaluation counts as theirs.
-        adapters: if given, trained denoisers are adapters of ``teacher`` instead of networks of their own.
+        adapters: if given, all other denoisers are adapters of ``teacher`` instead of networks of their own.
         device: where training is to run; kernels, and so memory, depend on it.
         condition: of samples of the networks, (1, …) each; default: their empty condition.
 
@@ -100,8 +74,8 @@ class Rehearsal:
         modules = {name: module for name, (module, _) in roles.items()}
         if adapters is not None:
             base = SharedBase(_hollow(modules["teacher"], {}, "meta"), adapters)
-            trained = [name for name, (module, train) in roles.items() if train and isinstance(module, NetworkDenoiser)]
-            modules |= {"teacher": base.teacher} | {name: base.adapter(name) for name in trained}
+            others = [name for name, module in modules.items() if isinstance(module, NetworkDenoiser)]
+            modules |= {name: base.adapter(name) for name in others} | {"teacher": base.teacher}
         bases = {id(module.base): module.base for module in modules.values() if isinstance(module, AdapterDenoiser)}
         shared: dict = {}
         with self._mode:
@@ -140,16 +114,19 @@ class Rehearsal:
             module.requires_grad_(False)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-        def evaluate(part: Mapping[str, int]) -> list[torch.Tensor]:
-            return [self._evaluate(name, count * batch_size, update) for name, count in part.items()]
+        def evaluate(part) -> Iterator[torch.Tensor]:
+            return (self._evaluate(name, count * batch_size, update) for name, count in calls(part))
+
+        @torch.no_grad()
+        def evaluate_only(part) -> None:
+            for _ in evaluate(part):
+                pass
 
         def run():
             with autocast:
-                with torch.no_grad():
-                    evaluate(update.before)
-                kept = evaluate(update.graph)
-                with torch.no_grad():
-                    evaluate(update.beside)
+                evaluate_only(update.before)
+                kept = list(evaluate(update.graph))
+                evaluate_only(update.beside)
                 loss = sum(value.float().square().mean() for value in kept)
             loss.backward()
 

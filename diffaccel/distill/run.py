@@ -125,10 +125,10 @@ def build_task(config: RunConfig, say: Callable[[str], None] | None = None):
         conditions = ClassConditions(count) if count else NoConditions()
         data = _labelled(config.data, opened, conditions) if config.data and not drawn else None
     shared = None
-    if config.lora:
-        from .adapters import AdapterConfig, SharedBase
+    if adapters := adapter_config(config):
+        from .adapters import SharedBase
 
-        shared = SharedBase(opened.denoiser, AdapterConfig(rank=config.lora))
+        shared = SharedBase(opened.denoiser, adapters)
     return Task(
         teacher=shared.teacher if shared else opened.denoiser,
         conditions=conditions,
@@ -138,6 +138,18 @@ def build_task(config: RunConfig, say: Callable[[str], None] | None = None):
         shared=shared,
         facts=card_facts(config),
     )
+
+
+def adapter_config(config: RunConfig):
+    """The `adapters.AdapterConfig` of a run; None where it trains whole networks.
+
+    The network that all share is frozen, so under bfloat16 autocast it is kept in bfloat16 as well.
+    """
+    if not config.lora:
+        return None
+    from .adapters import AdapterConfig
+
+    return AdapterConfig(rank=config.lora, base_dtype="bfloat16" if config.trainer.precision == "bf16" else "float32")
 
 
 def _labelled(source: str, opened, conditions):

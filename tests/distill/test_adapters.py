@@ -190,11 +190,8 @@ def test_a_base_in_half_precision_keeps_single_precision_adapters():
     assert before.dtype == torch.float32 and torch.equal(output(student), before)
     trained(student)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
-    assert (
-        {p.dtype for p in shared.teacher.parameters()}
-        == {torch.bfloat16}
-        == {p.dtype for p in student.merged().parameters()}
-    )
+    assert {p.dtype for p in shared.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in student.merged().parameters()} == {torch.float32}  # as the pipeline that it goes into
     assert not torch.equal(output(student), before)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from distilling import draw, tiny_task
 from networks import tiny_unet
 from torch import nn
 
@@ -19,13 +20,15 @@ from diffaccel.distill.adapters import AdapterConfig, SharedBase
 from diffaccel.distill.discriminator import FeatureDiscriminator
 from diffaccel.distill.machine import Speed, free_bytes, measure_speed
 from diffaccel.distill.methods.dmd import DMD
-from diffaccel.distill.plan import default_updates, make_plan, size
-from diffaccel.distill.rehearsal import Rehearsal, Update
-from diffaccel.distill.released import released_teacher
+from diffaccel.distill.plan import make_plan, size
+from diffaccel.distill.registry import get_method
+from diffaccel.distill.rehearsal import Rehearsal
 from diffaccel.distill.task import Task
+from diffaccel.distill.updates import Update
 from diffaccel.models.conditions import ClassConditions
 from diffaccel.models.denoiser import NetworkDenoiser
 from diffaccel.models.pixel import PixelDenoiser
+from diffaccel.models.released import released_teacher
 from diffaccel.training.config import TrainerConfig
 from diffaccel.training.ema import EMA
 from diffaccel.training.method import Draw, Phase
@@ -96,23 +99,71 @@ def test_the_peak_of_an_update_is_that_of_training(mode):
         assert 0.9 * real < cost.peak < 1.1 * real
 
 
+GAN = {"gan_weight": 0.1}
+EVALUATIONS = {
+    "dmd": ("dmd", {}, 5),
+    "guided": ("dmd", {"guidance_scale": 2.0, "critic_steps": 3}, 10),
+    "three steps": ("dmd", {"student_steps": 3}, 7),
+    "gan": ("dmd", GAN, 7),
+    "guided gan": ("dmd", GAN | {"guidance_scale": 2.0}, 9),
+    "r1": ("dmd", GAN | {"r1_weight": 1.0}, 8),
+    "ladd": ("dmd", GAN | {"distribution_weight": 0.0}, 5),
+    "regression": ("dmd", {"regression_weight": 0.2, "regression_pairs": 8}, 6),
+    "f-distill": ("f-distill", {}, 7),
+    "guided f-distill": ("f-distill", {"guidance_scale": 2.0}, 9),
+    "f-distill gan": ("f-distill", GAN, 7),
+    "sid": ("sid", {"guidance_scale": 2.0}, 6),
+    "consistency": ("consistency", {}, 3),
+    "lcm-lora": ("consistency", {"guidance_scale": 2.0, "target_decay": 0.0}, 4),
+    "scott": ("consistency", {"adversarial_weight": 0.4, "substeps": 2, "eta": 0.2}, 8),
+    "pairs": ("pairs", {"pairs": 8}, 1),
+    "reflow": ("pairs", {"pairs": 8, "objective": "reflow"}, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "settings", "evaluations"), EVALUATIONS.values(), ids=EVALUATIONS)
+def test_evaluations_are_those_of_training(name, settings, evaluations, tmp_path, monkeypatch):
+    cls, steps, seen = get_method(name).load(settings), 40 if "student_steps" in settings else 2, []
+    method, predict = cls(tiny_task(data=True), cls.Config(**settings)), PixelDenoiser.predict
+    method.begin(tmp_path)
+    monkeypatch.setattr(PixelDenoiser, "predict", lambda *args: (seen.append(len(args[1])), predict(*args))[1])
+    for step in range(steps):
+        for phase in method.phases(steps - 1):
+            for repeat in range(phase.repeats):
+                method.loss(phase, draw(4, step, f"{phase.name}/{repeat}"))
+    updates = method.updates(steps)
+    assert sum(update.evaluations for update in updates) == evaluations
+    assert sum(seen) / 4 / steps == pytest.approx(evaluations, abs=0.3 if method.config.student_steps == 3 else 0)
+    rehearsal = Rehearsal({n: (m, n in method.roles) for n, m in (method.frozen() | method.roles).items()})
+    costs = [rehearsal.cost(update, 4) for update in updates]
+    assert [cost.gradients for cost in costs] == [
+        4 * sum(p.numel() for role in update.trains for p in method.roles[role].parameters()) for update in updates
+    ]
+
+
 def test_an_adversarial_update_looks_through_the_teacher():
     teacher = small_teacher()
-    head = FeatureDiscriminator.of(teacher, ClassConditions(10), 0)
-    roles = roles_of(teacher) | {"discriminator": (head, True)}
-    phases = [Phase("critic", ("critic", "discriminator"), 5), Phase("student", ("student",))]
-    updates = default_updates(phases, roles, guided=True, adversarial=True)
-    assert updates == [
-        Update("critic", ("critic", "discriminator"), {"critic": 1, "discriminator": 2}, {"student": 1}, {}, 5),
-        Update("student", ("student",), {"student": 1, "teacher": 1}, {}, {"teacher": 2, "critic": 1}),
-    ]
-    assert [update.evaluations for update in updates] == [20, 5]
+    roles = roles_of(teacher) | {"discriminator": (FeatureDiscriminator.of(teacher, ClassConditions(10), 0), True)}
+    adversarial = Update("student", ("student",), {"student": 1, "teacher": 1}, {}, {"teacher": 2, "critic": 1})
     rehearsal = Rehearsal(roles)
-    critic, student = (rehearsal.cost(update, 4) for update in updates)
-    assert critic.gradients == 4 * sum(p.numel() for m in (teacher, head) for p in m.parameters())
-    assert student.peak > rehearsal.cost(STUDENT, 4).peak * 1.3
-    through = default_updates(phases, roles, through=True)[1]
-    assert (through.graph, through.beside) == ({"student": 1, "teacher": 1, "critic": 1}, {})
+    assert rehearsal.cost(adversarial, 4).peak > rehearsal.cost(STUDENT, 4).peak * 1.3
+    one, several = (replace(STUDENT, beside={"teacher": count}) for count in (6, (2, 2, 2)))
+    one, several = rehearsal.cost(one, 4), rehearsal.cost(several, 4)
+    assert one.flops == several.flops and one.peak > several.peak  # one after another
+
+
+def test_targets_are_counted():
+    """The moving average that gives a consistency model its targets; as an adapter where all others are."""
+    cls = get_method("consistency").load({})
+    method = cls(tiny_task(data=True), cls.Config())
+    roles = {name: (module, name in method.roles) for name, module in (method.frozen() | method.roles).items()}
+    teacher, target, student = make_plan(roles, method.updates(9), TrainerConfig(batch_size=4), speed=FAST).roles
+    assert (teacher.name, target.name, target.weights, target.moments) == ("teacher", "target", student.weights, 0)
+    adapters = AdapterConfig(rank=1)
+    _, target, student = make_plan(
+        roles, method.updates(9), TrainerConfig(batch_size=4), adapters=adapters, speed=FAST
+    ).roles
+    assert target.parameters == student.parameters < teacher.parameters
 
 
 def test_weights_moments_and_average_are_those_of_training():

@@ -24,6 +24,7 @@ from ..base import Distillation
 from ..discriminator import FeatureDiscriminator
 from ..substeps import check_noise, solve_between
 from ..task import Task
+from ..updates import Update
 
 GRID_KINDS = ("trailing", "karras")
 METRICS = ("huber", "l2")
@@ -136,6 +137,22 @@ class Consistency(Distillation):
         self.intervals = self.intervals.to(device)
         if self.target is not None:
             self.target.to(device)
+
+    def frozen(self):
+        return super().frozen() | ({} if self.target is None else {"target": self.target})
+
+    def updates(self, steps):
+        found, graph = [], {"student": 1}
+        if "discriminator" in self.roles:
+            found = [Update("discriminator", ("discriminator",), {"discriminator": 2}, {"student": 1})]
+            graph |= {"teacher": 1}
+        target = {"student" if self.target is None else "target": 1}
+        return [
+            *found,
+            Update(
+                "student", ("student",), graph, {}, {"teacher": (self.teacher_calls,) * self.config.substeps} | target
+            ),
+        ]
 
     def phases(self, step: int) -> list[Phase]:
         student = Phase("student", ("student",))

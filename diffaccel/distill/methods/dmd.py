@@ -17,6 +17,7 @@ from ..base import Distillation
 from ..discriminator import FeatureDiscriminator
 from ..pairs import PairCache
 from ..task import Task
+from ..updates import Update
 
 WEIGHTINGS = ("normalized", "uniform", "vsd", "score")
 TIMES = ("uniform", "log-normal")
@@ -120,12 +121,30 @@ class DMD(Distillation):
         return self._critic_loss(draw) if phase.name == "critic" else self._student_loss(draw)
 
     def updates(self, steps):
-        from ..plan import default_updates
+        return [
+            self._student_update() if phase.name == "student" else self._critic_update(phase)
+            for phase in self.phases(steps - 1)
+        ]
 
-        guided, adversarial = self.real.scale != 1.0, self.config.gan_weight > 0
-        return default_updates(
-            self.phases(steps - 1), self.roles, guided=guided, adversarial=adversarial, through=self.through
+    def _critic_update(self, phase: Phase) -> Update:
+        evaluated = {"critic": 1, "discriminator": 3 if self.config.r1_weight > 0 else 2}
+        graph = {name: evaluated[name] for name in phase.trains}
+        return Update(phase.name, phase.trains, graph, {"student": (*self.earlier_calls, 1)}, repeats=phase.repeats)
+
+    def _student_update(self) -> Update:
+        config, kept, seen = self.config, [], []  # calls of the teacher with gradients and without
+        judged, matched = "discriminator" in self.roles, config.distribution_weight > 0
+        if judged:
+            (kept if config.gan_weight > 0 else seen).append(1)
+        if matched and not (judged and self.teacher_calls == 1 and not self.through):  # where one call gives both
+            (kept if self.through else seen).append(self.teacher_calls)
+        critic = {"critic": 1} if matched else {}
+        graph = {"student": 2 if config.regression_weight else 1, "teacher": tuple(kept)}
+        graph, beside = (
+            graph | (critic if self.through else {}),
+            {"teacher": tuple(seen)} | ({} if self.through else critic),
         )
+        return Update("student", ("student",), graph, {"student": self.earlier_calls}, beside)
 
     # Hooks by which other methods vary this one.
 

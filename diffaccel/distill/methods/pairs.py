@@ -10,6 +10,7 @@ from ...models.denoiser import Condition
 from ...training.method import Draw, Loss, Phase
 from ..base import Distillation
 from ..pairs import PairCache
+from ..updates import Update
 
 OBJECTIVES = ("regression", "reflow")
 LOSSES = ("l2", "huber")
@@ -59,6 +60,9 @@ class Pairs(Distillation):
 
     def phases(self, step: int) -> list[Phase]:
         return [Phase("student", ("student",))]
+
+    def updates(self, steps):
+        return [Update("student", ("student",), {"student": 1}, {"student": self.earlier_calls})]
 
     def loss(self, phase: Phase, draw: Draw) -> Loss:
         noise, x0, condition = self.pairs.batch(draw)

@@ -1,10 +1,10 @@
-"""Released teachers without weights: what plans need of models that are not on this machine."""
+"""Networks of released models without their weights: what plans and measurements need of models that are not on this machine."""
 
 import torch
 
 from ..core.errors import unknown
 from ..core.lazy import load_object
-from ..models.denoiser import NetworkDenoiser
+from .denoiser import NetworkDenoiser
 
 _UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 _XL = {
@@ -34,24 +34,54 @@ def _text(tokens: int, width: int, **others: tuple[int, ...]) -> dict[str, tuple
     return {"encoder_hidden_states": (tokens, width), **others}
 
 
+NETWORKS = {
+    "sd15": ("UNet2DConditionModel", _UNET | {"sample_size": 64, "cross_attention_dim": 768}),
+    "sd21": ("UNet2DConditionModel", _UNET | _SD21),
+    "sdxl": ("UNet2DConditionModel", _UNET | _XL),
+    "sd3": ("SD3Transformer2DModel", _SD3),
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),  # the defaults of the class are those of FLUX.1
+    "pixart": ("PixArtTransformer2DModel", {"sample_size": 128}),
+    "dit": ("DiTTransformer2DModel", {"num_attention_heads": 16, "attention_head_dim": 72, "out_channels": 8}),
+    "ddpm-cifar10": ("UNet2DModel", _CIFAR),
+}
+"""Classes of diffusers and configurations by name of the model."""
+
 _CONDITION = "diffaccel.models.unet_condition:UNetConditionDenoiser"
-_RELEASED = {  # class of the network, its configuration, its Denoiser, shapes of a sample's condition
-    "sd15": ("UNet2DConditionModel", _UNET | {"sample_size": 64, "cross_attention_dim": 768}, _CONDITION, _text(77, 768)),
-    "sd21": ("UNet2DConditionModel", _UNET | _SD21, _CONDITION, _text(77, 1024)),
-    "sdxl": ("UNet2DConditionModel", _UNET | _XL, _CONDITION, _text(77, 2048, text_embeds=(1280,), time_ids=(6,))),
-    "sd3": ("SD3Transformer2DModel", _SD3, "diffaccel.models.transformers:SD3Denoiser", _text(333, 4096, pooled_projections=(2048,))),
+_TRANSFORMERS = "diffaccel.models.transformers"
+_DENOISERS = {  # and the shapes of a sample's condition
+    "sd15": (_CONDITION, _text(77, 768)),
+    "sd21": (_CONDITION, _text(77, 1024)),
+    "sdxl": (_CONDITION, _text(77, 2048, text_embeds=(1280,), time_ids=(6,))),
+    "sd3": (f"{_TRANSFORMERS}:SD3Denoiser", _text(333, 4096, pooled_projections=(2048,))),
     "pixart": (
-        "PixArtTransformer2DModel", {"sample_size": 128}, "diffaccel.models.transformers:PixArtDenoiser",
+        f"{_TRANSFORMERS}:PixArtDenoiser",
         _text(120, 4096, encoder_attention_mask=(120,), resolution=(2,), aspect_ratio=(1,)),
     ),
-    "dit": ("DiTTransformer2DModel", {"num_attention_heads": 16, "attention_head_dim": 72, "out_channels": 8}, "diffaccel.models.transformers:DiTDenoiser", None),
-    "ddpm-cifar10": ("UNet2DModel", _CIFAR, "diffaccel.models.pixel:PixelDenoiser", None),
-}  # fmt: skip
+    "dit": (f"{_TRANSFORMERS}:DiTDenoiser", None),
+    "ddpm-cifar10": ("diffaccel.models.pixel:PixelDenoiser", None),
+}
 
 
 def has_released(name: str) -> bool:
-    """Whether the network of a teacher is known here by its configuration."""
-    return name in _RELEASED
+    """Whether `released_teacher` knows a teacher."""
+    return name in _DENOISERS
+
+
+def released_network(name: str) -> tuple[type, dict]:
+    """Class and configuration of the network of a released model.
+
+    Args:
+        name: one of `NETWORKS`.
+
+    Raises:
+        UsageError: a model that is not known here.
+    """
+    if name not in NETWORKS:
+        raise unknown("released model", name, NETWORKS)
+    import diffusers
+
+    network, config = NETWORKS[name]
+    return getattr(diffusers, network), config
 
 
 def released_teacher(name: str) -> NetworkDenoiser:
@@ -63,12 +93,10 @@ def released_teacher(name: str) -> NetworkDenoiser:
     Raises:
         UsageError: a model that is not known here.
     """
-    if name not in _RELEASED:
-        raise unknown("released teacher", name, _RELEASED)
-    import diffusers
-
-    network, config, denoiser, shapes = _RELEASED[name]
+    if name not in _DENOISERS:
+        raise unknown("released teacher", name, _DENOISERS)
+    (network, config), (denoiser, shapes) = released_network(name), _DENOISERS[name]
     with torch.device("meta"):
-        net = getattr(diffusers, network)(**config)
+        net = network(**config)
         null = [{key: torch.empty(shape) for key, shape in shapes.items()}] if shapes is not None else []
     return load_object(denoiser)(net, None, "epsilon", *null)
