@@ -13,14 +13,12 @@ import pytest
 
 STEPS = 15
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-METHODS = {"dmd": (), "f-distill": ("--set", "method.critic_warmup=2", "--set", "method.gan_weight=0.01")}
 
 
-def command(method: str, folder: Path, steps: int = STEPS) -> tuple:
+def command(folder: Path, steps: int = STEPS) -> tuple:
     """A small distillation with a checkpoint every third step."""
-    return ("distill", "--teacher", "digits", "--method", method, "--steps", steps, "--batch-size", 8, "--quiet",
-            "--set", "trainer.checkpoint_every=3", "--set", "trainer.log_every=1", "-o", folder,
-            *METHODS[method])  # fmt: skip
+    return ("distill", "--teacher", "digits", "--steps", steps, "--batch-size", 8, "--quiet",
+            "--set", "trainer.checkpoint_every=3", "--set", "trainer.log_every=1", "-o", folder)  # fmt: skip
 
 
 @pytest.fixture
@@ -66,39 +64,31 @@ def logged_steps(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """`whole("dmd")`: the weights of a run that nothing interrupted."""
-    done = {}
-
-    def whole(method: str) -> bytes:
-        if method not in done:
-            folder = tmp_path_factory.mktemp("whole") / method
-            run(*command(method, folder))
-            done[method] = final_weights(folder)
-        return done[method]
-
-    return whole
+    """The weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(*command(folder))
+    return final_weights(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_kill_and_resume_is_bit_identical(run, start, whole, tmp_path, method):
-    folder, delay, arguments = tmp_path / "run", random.uniform(0.0, 0.3), command(method, tmp_path / "run")
+def test_kill_and_resume_is_bit_identical(run, start, whole, tmp_path):
+    folder, delay, arguments = tmp_path / "run", random.uniform(0.0, 0.3), command(tmp_path / "run")
     process = start(*arguments)
     wait_for(lambda: (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists(), process)
     time.sleep(delay)
     process.kill()
     assert process.wait() == -signal.SIGKILL, f"finished within {delay} s: too late to kill"
     done = run(*arguments, "--resume")
-    assert done.err == "" and final_weights(folder) == whole(method), delay
+    assert done.err == "" and final_weights(folder) == whole, delay
     assert logged_steps(folder) == list(range(1, STEPS + 1))
     assert not list(folder.rglob(".*")), "temporary files of the killed process are left"
 
 
-@pytest.mark.parametrize(("damage", "method"), [("truncated", "dmd"), ("flipped", "f-distill"), ("unfinished", "dmd")])
-def test_a_damaged_checkpoint_is_passed_over(run, cli, whole, tmp_path, monkeypatch, damage, method):
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "unfinished"])
+def test_a_damaged_checkpoint_is_passed_over(run, cli, whole, tmp_path, monkeypatch, damage):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
-        assert cli(*command(method, folder)).code == 143
+        assert cli(*command(folder)).code == 143
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     assert newest.name == "step-00000008"
     weights = newest / "student.safetensors"
@@ -110,9 +100,9 @@ def test_a_damaged_checkpoint_is_passed_over(run, cli, whole, tmp_path, monkeypa
         weights.write_bytes(content)
     else:
         (newest / "manifest.json").unlink()
-    done = run(*command(method, folder), "--resume")
+    done = run(*command(folder), "--resume")
     assert done.err.count("\n") == 1 and newest.name in done.err
-    assert final_weights(folder) == whole(method) and logged_steps(folder) == list(range(1, STEPS + 1))
+    assert final_weights(folder) == whole and logged_steps(folder) == list(range(1, STEPS + 1))
 
 
 def stop_after(patch, steps: int) -> None:
@@ -132,9 +122,9 @@ def stop_after(patch, steps: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_a_second_process_is_refused_before(cli, start, tmp_path, number):
     folder = tmp_path / "run"
-    process = start(*command("dmd", folder, 100_000))
+    process = start(*command(folder, 100_000))
     wait_for(lambda: (folder / "checkpoints" / "step-00000003").is_dir(), process)
-    refused = cli(*command("dmd", folder, 100_000), "--resume")
+    refused = cli(*command(folder, 100_000), "--resume")
     assert refused.code == 2 and f"in use by process {process.pid}" in refused.err
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -150,10 +140,10 @@ def test_stopped_twice_and_resumed_twice_is_bit_identical(cli, run, whole, tmp_p
     for index, steps in enumerate((4, 8)):
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
-            stopped = cli(*command("dmd", folder), *(("--resume",) if index else ()))
+            stopped = cli(*command(folder), *(("--resume",) if index else ()))
         assert stopped.code == 143 and f"step {steps} of {STEPS}" in stopped.err
-    run(*command("dmd", folder), "--resume")
-    assert final_weights(folder) == whole("dmd") and logged_steps(folder) == list(range(1, STEPS + 1))
+    run(*command(folder), "--resume")
+    assert final_weights(folder) == whole and logged_steps(folder) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,7 +6,6 @@ from PIL import Image
 
 IMPORTS = {
     "diffaccel first": "import diffaccel, diffusers",
-    "diffusers first": "import diffusers, diffaccel",
     "after a failure": """
 import sys, diffusers
 from diffusers import DiffusionPipeline

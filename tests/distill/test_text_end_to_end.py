@@ -47,6 +47,16 @@ def draw(pipe, **arguments) -> torch.Tensor:
     return pipe(PROMPTS[:2], generator=torch.Generator().manual_seed(0), output_type="pt", **arguments).images
 
 
+@pytest.fixture
+def any_precision():
+    """A process has one precision (accelerate); a test of another one begins and ends without."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 def changed(final, teacher) -> bool:
     from safetensors.torch import load_file
 
@@ -89,12 +99,17 @@ def test_from_prompts_to_a_pipeline(tmp_path, teacher, prompts, pictures, method
     assert f"{steps} network evaluation" in (final / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("any_precision")
 @pytest.mark.parametrize(
-    ("method", "settings"),
-    [("dmd", []), ("consistency", ["method.student_steps=2", "method.target_decay=0.0"])],
-    ids=["dmd", "lcm-lora"],
+    ("method", "settings", "rounding"),
+    [
+        ("dmd", [], 1e-4),
+        ("dmd", ["trainer.precision=bf16"], 2e-2),  # the base is rounded in the merged network, not in the stock one
+        ("consistency", ["method.student_steps=2", "method.target_decay=0.0"], 1e-4),
+    ],
+    ids=["dmd", "bf16", "lcm-lora"],
 )
-def test_from_prompts_to_an_adapter(tmp_path, teacher, prompts, pictures, method, settings):
+def test_from_prompts_to_an_adapter(tmp_path, teacher, prompts, pictures, method, settings, rounding):
     settings = [*SMALL, *settings, "lora=4", "trainer.optimizers.student.lr=0.01"]
     data = str(pictures) if method == "consistency" else None
     final = diffaccel.distill_model(
@@ -113,8 +128,9 @@ def test_from_prompts_to_an_adapter(tmp_path, teacher, prompts, pictures, method
     stock.scheduler = diffaccel.FewStepScheduler.from_pretrained(final, subfolder="scheduler")
     steps = len(merged.scheduler.timesteps)
     adapted = draw(stock, num_inference_steps=steps, guidance_scale=1.0)
-    assert torch.allclose(adapted, draw(merged), atol=1e-4)
-    assert not torch.allclose(adapted, plain, atol=1e-3)
+    drawn = draw(merged)
+    assert torch.allclose(adapted, drawn, atol=rounding)
+    assert (drawn - adapted).abs().max() < 0.1 * (adapted - plain).abs().max()
 
 
 def test_samples_of_the_teacher_stand_for_real_ones(tmp_path, teacher, prompts):

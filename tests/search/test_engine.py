@@ -158,11 +158,11 @@ def test_nothing_to_start_from_but_chance(name):
 def test_strategies_survive_scores_that_are_none(name, wrong):
     search = searched(Box(), lambda one: wrong if one[0] != 2 or one[1][0] > 0.3 else square(one), 120, 3)
     search.evaluate([(0, (0.0,) * 3), (1, (0.1,) * 3), (2, (0.29, 0.5, 0.5))], "seed")
-    STRATEGIES[name](search, 100)
+    STRATEGIES[name](search, 60)
     assert math.isfinite(search.best()[0].score)
-    every = searched(Box(), lambda one: wrong, 60)
+    every = searched(Box(), lambda one: wrong, 40)
     every.evaluate([(0, (0.0,) * 3)], "seed")
-    STRATEGIES[name](every, 50)
+    STRATEGIES[name](every, 30)
     assert all(one.score == math.inf for one in every.archive)
 
 
@@ -281,20 +281,24 @@ def planted(space):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "evaluations"),
-    [(evolution, 1000), pytest.param(s3, 400, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    ("strategy", "evaluations", "seeds"),
+    [
+        (evolution, 1000, 2),
+        pytest.param(evolution, 1000, 10, marks=pytest.mark.slow),
+        pytest.param(s3, 400, 10, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
-def test_planted_schedules_are_found(strategy, evaluations):
+def test_planted_schedules_are_found(strategy, evaluations, seeds):
     """From hand-set starts, by search and polish in equal parts, as searches run: in nine of ten seeds."""
     space, reached = SolverSpace(from_diffusers({}), 4), []
     starts = [
         space.settled(np.linspace(1.0, 0.25, 4), [Decision(order, core, "angle")] * 4)
         for order in (1, 2) for core in ("noise", "data", "velocity")
     ]  # fmt: skip
-    for seed in range(10):
+    for seed in range(seeds):
         search = searched(space, planted(space), evaluations, seed)
         search.evaluate(starts, "seeds")
         strategy(search, search.remaining // 2)
         polish(search, search.remaining)
         reached.append(search.best()[0].score)
-    assert sum(score < 1.005 for score in reached) >= 9, reached
+    assert sum(score < 1.005 for score in reached) >= 0.9 * seeds, reached

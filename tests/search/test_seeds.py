@@ -47,7 +47,7 @@ def test_every_deterministic_sampler_has_a_rule():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("nfe", [2, 3, 5])
+@pytest.mark.parametrize("nfe", [2, 5])
 def test_each_is_there_once_with_its_calls(name, nfe):
     labels, files = zip(*seeds(name, nfe).items(), strict=True)
     assert all(file.plan.nfe == nfe for file in files)
