@@ -8,6 +8,7 @@ from ..core.processes import rank_and_world
 from ..core.schedule import VPDiscrete
 from ..models.conditions import ClassConditions, NoConditions, PromptConditions
 from ..models.denoiser import Condition
+from ..models.prompts import own_prompts
 from ..models.released import has_released, released_teacher
 from ..training.recipes import RunConfig
 from .base import Distillation
@@ -21,7 +22,8 @@ SMALL = 5_000_000  # parameters of a teacher below which memory is no question a
 def plan_run(method: Distillation, config: RunConfig) -> Plan:
     """The plan of a method that is about to train."""
     condition = method.conditions.at(method.conditions.members[:1])
-    return _plan(method, config, condition, None)
+    textual = isinstance(method.conditions, PromptConditions)
+    return _plan(method, config, condition, None, textual and own_prompts(config.teacher) is not None)
 
 
 def plan_unseen(config: RunConfig) -> Plan | None:
@@ -40,10 +42,10 @@ def plan_unseen(config: RunConfig) -> Plan | None:
     method = method_class(
         Task(teacher, conditions, data=_Unseen() if config.data else None), settings, config.trainer.seed
     )
-    return _plan(method, config, null, adapter_config(config))
+    return _plan(method, config, null, adapter_config(config), False)
 
 
-def _plan(method: Distillation, config: RunConfig, condition: Condition | None, adapters) -> Plan:
+def _plan(method: Distillation, config: RunConfig, condition: Condition | None, adapters, own: bool) -> Plan:
     gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
     roles = {
         name: (module, trained)
@@ -58,20 +60,22 @@ def _plan(method: Distillation, config: RunConfig, condition: Condition | None, 
         device="cuda" if gpu else "cpu",
         processes=rank_and_world()[1],
         condition=condition,
-        facts=_facts(config),
+        facts=_facts(method, config, own),
     )
 
 
-def _facts(config: RunConfig) -> Mapping[str, str]:
+def _facts(method: Distillation, config: RunConfig, own: bool) -> Mapping[str, str]:
+    """What else a plan tells; ``own`` is whether the teacher brings prompts."""
     known = card_facts(config)
     licence = f" ({known['licence']})" if known["licence"] else ""
     facts = {"method": f"{known['method']}: {known['summary']}", "teacher": f"{config.teacher}{licence}"}
     if config.description:
         facts["recipe"] = config.description
-    return facts | {
-        "data": config.data or "none needed",
-        "prompts": config.prompts or "the teacher's own, if it draws any",
-    }
+    facts["data"] = config.data or "none needed"
+    if isinstance(method.conditions, PromptConditions):
+        captions = f"the captions of {config.data}" if config.data else "to be given: --prompts FILE, one a line"
+        facts["prompts"] = config.prompts or ("the teacher's own" if own else captions)
+    return facts
 
 
 class _Unseen:
