@@ -158,7 +158,7 @@ def main() -> None:
         for label, method_class, settings in (
             ("dmd", DMD, shared),
             ("dmd, critic first", DMD, shared | warm),
-            ("disback", DisBack, shared | path),
+            ("disback", DisBack.variant({}), shared | path),
         ):
             method = method_class(Task(teacher.clone(), NoConditions()), method_class.Config(**settings), seed)
             found = curve(method, arguments, seed, exact)

@@ -11,13 +11,10 @@ from torch import nn
 
 from diffaccel.core.errors import DataError, UsageError
 from diffaccel.distill.adapters import AdapterConfig, SharedBase
+from diffaccel.distill.methods.around import BASES
 from diffaccel.distill.methods.disback import BacktrackingConfig, DisBack
-from diffaccel.distill.methods.dmd import DMD
-from diffaccel.distill.methods.f_distill import FDistill
 from diffaccel.distill.methods.sid import SiD
 from diffaccel.distill.task import Task
-
-BASES = {"dmd": DMD, "f-distill": FDistill, "sid": SiD}
 
 
 def disback(base="dmd", task=None, record_steps=6, **settings):
@@ -198,11 +195,13 @@ def test_a_network_of_another_shape_does_not_take_a_node(tmp_path):
 )
 def test_impossible_settings_are_named(change, words):
     with pytest.raises(UsageError, match=words):
-        DisBack.Config(**{"record_steps": 6, "node_interval": 2, **change})
+        DisBack.variant({}).Config(**{"record_steps": 6, "node_interval": 2, **change})
 
 
 def test_a_base_that_cannot_be_wrapped_is_named():
     with pytest.raises(UsageError, match=r"Unknown method\.base of disback 'pairs'"):
         DisBack.variant({"base": "pairs"})
     assert issubclass(DisBack.variant({"base": "sid"}).Config, BacktrackingConfig | SiD.Config)
-    assert DisBack.variant({}) is DisBack
+    assert DisBack.variant({}) is DisBack.variant({"base": "dmd"})
+    mine = type("Mine", (DisBack, BASES["dmd"]), {})  # around a method from outside the package
+    assert mine.variant({"base": "dmd"}) is mine

@@ -12,10 +12,8 @@ from torch import nn
 
 from diffaccel.core.errors import DataError, UsageError
 from diffaccel.core.rng import KeyedRandom
-from diffaccel.distill.methods.dmd import DMD
-from diffaccel.distill.methods.f_distill import FDistill
+from diffaccel.distill.methods.around import BASES
 from diffaccel.distill.methods.multi_student import MultiStudent
-from diffaccel.distill.methods.sid import SiD
 from diffaccel.distill.run import build_method, resolve_distillation
 from diffaccel.distill.samples import EncodedSamples
 from diffaccel.distill.student_runs import (
@@ -32,7 +30,6 @@ from diffaccel.models.teachers import load_denoiser, load_pipeline
 from diffaccel.training.launch import launch
 from diffaccel.training.method import Phase
 
-BASES = {"dmd": DMD, "f-distill": FDistill, "sid": SiD}
 SMALL = {"channels": (8, 8)}
 MATCHED = {**SMALL, "matching_steps": 3, "regression_pairs": 40}
 
@@ -217,9 +214,7 @@ def test_smaller_students_are_made_to_measure():
         nn.utils.parameters_to_vector(small.parameters()),
         nn.utils.parameters_to_vector(narrower(teacher, (12, 24), 0).parameters()),
     )
-    method = MultiStudent(
-        replace(tiny_task(), teacher=load_denoiser("digits-flow")), MultiStudent.Config(layers=2, student=0)
-    )
+    method = student(task=replace(tiny_task(), teacher=load_denoiser("digits-flow")), layers=2)
     assert method.roles["student"].net.config.num_layers == 2
     assert method.roles["student"].net.config.num_layers < method.roles["critic"].net.config.num_layers
 
@@ -231,13 +226,13 @@ def test_a_student_starts_in_what_a_folder_holds(tmp_path):
         next(pipeline.unet.parameters()).add_(0.5)
     pipeline.save_pretrained(folder)
     task = replace(tiny_task(), teacher=load_denoiser("digits"))
-    method = MultiStudent(task, MultiStudent.Config(student=0, start=str(folder)))
+    method = student(task=task, start=str(folder))
     expected = nn.utils.parameters_to_vector(pipeline.unet.parameters())
     assert torch.equal(weights(method), expected)
     assert not torch.equal(weights(method, "critic"), expected)
     for other, word in (("mnist", "28"), ("digits-flow", "flow_prediction")):
         with pytest.raises(UsageError, match=word):
-            MultiStudent(task, MultiStudent.Config(student=0, start=other))
+            student(task=task, start=other)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 While the student rests, the critic, a copy of the teacher, learns the samples of the untrained student, and so the
 teacher's distribution degrades to the student's (Degradation Recording). What the critic was on the way are the nodes, kept
 in the run folder. The student is then taught by the nodes in reverse order and at last by the teacher, while the critic goes
-on from where it is (Distribution Backtracking). Everything else is the base's: dmd, f-distill, sid or another `DMD`.
+on from where it is (Distribution Backtracking). Everything else is the base's: dmd, f-distill or sid.
 """
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,9 +19,7 @@ from ...core.files import atomic_directory, verify_manifest
 from ...core.processes import is_main_process
 from ...training.checkpoint import load_module
 from ...training.method import Draw, Loss, Phase
-from .dmd import DMD
-from .f_distill import FDistill
-from .sid import SiD
+from .around import Around
 
 SWITCHES = ("interval", "mismatch")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,12 +78,14 @@ class BacktrackingConfig:
             raise UsageError("disback degrades the critic, which method.distribution_weight 0 leaves out.")
 
 
-class Backtracking:
-    """What makes a `DMD` a DisBack: `class Mine(Backtracking, Base)` whose Config is (BacktrackingConfig, Base.Config).
+class DisBack(Around):
+    """What makes dmd, f-distill or sid a DisBack.
 
     The critic's optimiser carries over from recording to backtracking. Weights of f-distill and a discriminator's features
     are the real teacher's throughout.
     """
+
+    title, Settings = "disback", BacktrackingConfig
 
     def __init__(self, task, config, seed: int = 0):
         super().__init__(task, config, seed)
@@ -196,46 +195,3 @@ class Backtracking:
             self._node = node.eval().requires_grad_(False)
         load_module(self._node, load_file(self._folder(number) / "critic.safetensors"), str(self._folder(number)))
         self._resident, self.real = number, self.guided(self._node)
-
-
-class DisBack(Backtracking, DMD):
-    """DisBack around dmd; `variant` gives those around the others."""
-
-    @dataclass
-    class Config(BacktrackingConfig, DMD.Config):
-        """Those of dmd and `BacktrackingConfig`."""
-
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any]) -> type:
-        """The class for a group of settings, by its ``base``.
-
-        Raises:
-            UsageError: a base that cannot be wrapped.
-        """
-        base = settings.get("base", cls.Config.base)
-        if base not in VARIANTS:
-            raise unknown("method.base of disback", str(base), VARIANTS)
-        return VARIANTS[base]
-
-
-class DisBackFDistill(Backtracking, FDistill):
-    """DisBack around f-distill."""
-
-    @dataclass
-    class Config(BacktrackingConfig, FDistill.Config):
-        """Those of f-distill and `BacktrackingConfig`."""
-
-        base: str = "f-distill"
-
-
-class DisBackSiD(Backtracking, SiD):
-    """DisBack around sid."""
-
-    @dataclass
-    class Config(BacktrackingConfig, SiD.Config):
-        """Those of sid and `BacktrackingConfig`."""
-
-        base: str = "sid"
-
-
-VARIANTS = {"dmd": DisBack, "f-distill": DisBackFDistill, "sid": DisBackSiD}

@@ -6,14 +6,13 @@ which modes are lost. A smaller student first learns to denoise as the teacher d
 adversarial loss may set in later (ADM). `distill/student_runs.py` trains all students and assembles them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ...core.errors import UsageError, unknown
+from ...core.errors import UsageError
 from ...core.processes import is_main_process
 from ...models.denoiser import NetworkDenoiser
 from ...models.partition import FILE, read_partition
@@ -21,9 +20,7 @@ from ...training.method import Draw, Loss, Phase
 from ..partition import choose_partition, members
 from ..samples import DrawnSamples
 from ..students import narrower, opened, shallower
-from .dmd import DMD
-from .f_distill import FDistill
-from .sid import SiD
+from .around import Around
 
 
 @dataclass
@@ -76,8 +73,8 @@ class MultiStudentConfig:
             )
 
 
-class Sharing:
-    """What makes a `DMD` one of several: `class Mine(Sharing, Base)` whose Config is (MultiStudentConfig, Base.Config).
+class MultiStudent(Around):
+    """What makes dmd, f-distill or sid train one of several students.
 
     Attributes:
         partition: which student owns a condition.
@@ -85,6 +82,8 @@ class Sharing:
     Raises:
         UsageError, DataError: see `partition.choose_partition` and `students`.
     """
+
+    title, Settings = "multi-student", MultiStudentConfig
 
     def __init__(self, task, config, seed: int = 0):
         index = config.student or 0
@@ -167,46 +166,3 @@ class Sharing:
             target = self.teacher.predict(x_t, t, condition).float()
         error = (self.roles["student"].predict(x_t, t, condition).float() - target).square().mean()
         return Loss(error, {"relative_error": error.detach() / target.square().mean()})
-
-
-class MultiStudent(Sharing, DMD):
-    """One of several students by dmd; `variant` gives those by the others."""
-
-    @dataclass
-    class Config(MultiStudentConfig, DMD.Config):
-        """Those of dmd and `MultiStudentConfig`."""
-
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any]) -> type:
-        """The class for a group of settings, by its ``base``.
-
-        Raises:
-            UsageError: a base that cannot be wrapped.
-        """
-        base = settings.get("base", cls.Config.base)
-        if base not in VARIANTS:
-            raise unknown("method.base of multi-student", str(base), VARIANTS)
-        return VARIANTS[base]
-
-
-class MultiStudentFDistill(Sharing, FDistill):
-    """One of several students by f-distill."""
-
-    @dataclass
-    class Config(MultiStudentConfig, FDistill.Config):
-        """Those of f-distill and `MultiStudentConfig`."""
-
-        base: str = "f-distill"
-
-
-class MultiStudentSiD(Sharing, SiD):
-    """One of several students by sid."""
-
-    @dataclass
-    class Config(MultiStudentConfig, SiD.Config):
-        """Those of sid and `MultiStudentConfig`."""
-
-        base: str = "sid"
-
-
-VARIANTS = {"dmd": MultiStudent, "f-distill": MultiStudentFDistill, "sid": MultiStudentSiD}
