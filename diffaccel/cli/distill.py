@@ -93,6 +93,7 @@ def distill(
             raise UsageError(f"`diffaccel distill {verb}` takes its options after the word {verb}; see its --help.")
         return
     from ..distill.run import resolve_distillation
+    from ..models.released import has_released
     from ..models.teachers import check_adapter
 
     flags = options.trainer_flags(steps=steps, batch_size=batch_size, seed=seed, device=device, threads=threads)
@@ -119,12 +120,11 @@ def distill(
     try:
         check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
     except MissingWeightsError:
-        if dry_run:
-            from ..distill.planning import plan_unseen
-
-            if plan := plan_unseen(run_config):
-                typer.echo("\n".join(plan.lines()))
-                plan.require_fit()
+        if has_released(run_config.teacher):
+            if dry_run:
+                _plan_unseen(run_config)
+            else:
+                note("What such a run takes is known without the weights: add --dry-run.")
         raise
     from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation
@@ -144,6 +144,14 @@ def distill(
     typer.echo(f"Report: {final.parent / 'report.html'}")
     if not quiet:
         note(f"Next: diffaccel sample {final} --num 100 --grid student.png")
+
+
+def _plan_unseen(run_config) -> None:
+    from ..distill.planning import plan_unseen
+
+    plan = plan_unseen(run_config)
+    typer.echo("\n".join(plan.lines()))
+    plan.require_fit()
 
 
 def _print_plan(run_config, folder: Path) -> None:

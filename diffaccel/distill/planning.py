@@ -9,7 +9,7 @@ from ..core.schedule import VPDiscrete
 from ..models.conditions import ClassConditions, NoConditions, PromptConditions
 from ..models.denoiser import Condition
 from ..models.prompts import own_prompts
-from ..models.released import has_released, released_teacher
+from ..models.released import released_teacher
 from ..training.recipes import RunConfig
 from .base import Distillation
 from .plan import Plan, make_plan
@@ -26,14 +26,12 @@ def plan_run(method: Distillation, config: RunConfig) -> Plan:
     return _plan(method, config, condition, None, textual and own_prompts(config.teacher) is not None)
 
 
-def plan_unseen(config: RunConfig) -> Plan | None:
-    """The plan of a run with a released teacher whose weights are not here; None for other teachers.
+def plan_unseen(config: RunConfig) -> Plan:
+    """The plan of a run with a released teacher whose weights are not here.
 
     Raises:
-        UsageError: wrong settings of the method, or no real samples where it needs them.
+        UsageError: a teacher that `models.released.has_released` does not know, wrong settings of the method, or no real samples where it needs them.
     """
-    if not has_released(config.teacher):
-        return None
     method_class, settings = check_settings(config)
     teacher = released_teacher(config.teacher)
     teacher.schedule = VPDiscrete(torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))

@@ -1,10 +1,15 @@
-"""Networks of released models without their weights: what plans and measurements need of models that are not on this machine."""
+"""Networks of released models without their weights: what plans and measurements need of models that are not on this machine.
 
-import torch
+Importing this needs neither torch nor diffusers.
+"""
+
+from typing import TYPE_CHECKING
 
 from ..core.errors import unknown
 from ..core.lazy import load_object
-from .denoiser import NetworkDenoiser
+
+if TYPE_CHECKING:
+    from .denoiser import NetworkDenoiser
 
 _UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 _XL = {
@@ -84,7 +89,7 @@ def released_network(name: str) -> tuple[type, dict]:
     return getattr(diffusers, network), config
 
 
-def released_teacher(name: str) -> NetworkDenoiser:
+def released_teacher(name: str) -> "NetworkDenoiser":
     """The Denoiser of a released model on the meta device: shapes, and neither weights nor schedule.
 
     Args:
@@ -95,6 +100,8 @@ def released_teacher(name: str) -> NetworkDenoiser:
     """
     if name not in _DENOISERS:
         raise unknown("released teacher", name, _DENOISERS)
+    import torch
+
     (network, config), (denoiser, shapes) = released_network(name), _DENOISERS[name]
     with torch.device("meta"):
         net = network(**config)
