@@ -119,13 +119,13 @@ def distill(
     folder = output or run_folder("distill", run_config.teacher, Path(run_config.method["name"]).stem)
     try:
         check_adapter(run_config.teacher)  # here, because torch and diffusers take seconds to import
-    except MissingWeightsError:
-        if has_released(run_config.teacher):
-            if dry_run:
-                _plan_unseen(run_config)
-            else:
-                note("What such a run takes is known without the weights: add --dry-run.")
-        raise
+    except MissingWeightsError as error:
+        if not has_released(run_config.teacher):
+            raise
+        if dry_run:
+            _plan_unseen(run_config)
+            raise
+        raise MissingWeightsError(f"{error} The plan of the run needs no weights: add --dry-run.") from None
     from ..core.processes import is_main_process
     from ..distillation import report_student, run_distillation
 
