@@ -189,7 +189,7 @@ def test_the_methods_grid_and_substeps_have_the_oracle_as_their_fixed_point(node
         assert (error <= 4.0 * targets.std(1) / COUNT**0.5 + 2e-3).all()
 
 
-def trained(method, folder, steps=8000, batch_size=512):
+def trained(method, folder, steps=8000, batch_size=2048):
     """The moving average of the student after training."""
     optimizer = OptimizerConfig(lr=3e-3, weight_decay=0.0, final_lr_fraction=0.0)
     config = TrainerConfig(
