@@ -58,6 +58,7 @@ def test_the_log_gives_the_same_plan_again(run, found, tmp_path):
     assert (tmp_path / "plan.json.log").read_bytes() == (found[0].parent / "plan.json.log").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_finds_the_same(run, found, tmp_path):
     path = tmp_path / "plan.json"
     command = [*map(str, SEARCH), "-o", str(path), "--quiet"]

@@ -87,7 +87,7 @@ def test_a_saved_pipeline_runs_as_it_did(name, tmp_path):
     assert type(network).__name__ in (tmp_path / case.network / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["classes", "dit"])
+@pytest.mark.parametrize("name", ["classes", pytest.param("dit", marks=pytest.mark.slow)])
 def test_in_a_fresh_process(name, tmp_path):
     pipe, network, _, (args, kwargs) = pruned_case(name)
     pipe.save_pretrained(tmp_path / "pipe")

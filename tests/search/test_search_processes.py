@@ -56,7 +56,8 @@ def _content(path: Path) -> dict:
     return content
 
 
-@pytest.mark.parametrize("strategy", ["evolution", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["evolution", "s3"])
 def test_two_processes_share_the_work_and_find_the_same(tmp_path, strategy):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     (done, (alone,)), (both, shared) = _search(1, one, strategy=strategy), _search(2, two, strategy=strategy)
