@@ -199,6 +199,7 @@ def test_a_network_is_parted_once():
         diffaccel.sequential_cfg(pipe)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_in_every_bit(tmp_path):
     program = Path(__file__).parent / "draw_in_parts.py"
     paths = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

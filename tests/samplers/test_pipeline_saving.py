@@ -38,14 +38,15 @@ print(json.dumps(errors))
 
 @pytest.fixture(scope="module", params=["classes", pytest.param("all", marks=pytest.mark.slow)])
 def saved(tmp_path_factory, request) -> Path:
-    """Every pipeline, those that start from a picture too, with one sampler of each class, or with all."""
+    """Every pipeline with one sampler of each class; or with all, and those that start from a picture with one of each."""
     root, expected = tmp_path_factory.mktemp("saved"), {}
-    samplers = SAMPLERS if request.param == "all" else one_of_each_class()
-    tables = {
-        "PIPELINES": (PIPELINES, samplers),
-        "IMAGE_TO_IMAGE": (IMAGE_TO_IMAGE, one_of_each_class()),
-        "INPAINTING": (INPAINTING, one_of_each_class()),
-    }
+    tables = {"PIPELINES": (PIPELINES, one_of_each_class())}
+    if request.param == "all":
+        tables = {
+            "PIPELINES": (PIPELINES, SAMPLERS),
+            "IMAGE_TO_IMAGE": (IMAGE_TO_IMAGE, one_of_each_class()),
+            "INPAINTING": (INPAINTING, one_of_each_class()),
+        }
     for table, (cases, samplers) in tables.items():
         for case in cases.values():
             for sampler in samplers:
@@ -62,7 +63,7 @@ def test_saved_pipelines_load_in_a_fresh_process(saved, python):
     done = python("-c", PROGRAM, saved, STEPS, cwd=tests)
     assert done.code == 0, done.err[-2000:]
     errors = json.loads(done.out.splitlines()[-1])
-    assert len(errors) == len(list(saved.glob("*/*/*/model_index.json"))) > len(PIPELINES) * len(one_of_each_class())
+    assert len(errors) == len(list(saved.glob("*/*/*/model_index.json"))) >= len(PIPELINES) * len(one_of_each_class())
     assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
 
 
