@@ -6,7 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from distilling import draw, tiny_task
+from distilling import draw, tiny_task, tiny_teacher
 from networks import tiny_unet
 from torch import nn
 
@@ -147,18 +147,21 @@ def test_an_adversarial_update_looks_through_the_teacher():
     assert one.flops == several.flops and one.peak > several.peak  # one after another
 
 
-def test_targets_are_counted():
-    """The moving average that gives a consistency model its targets; as an adapter where all others are."""
-    cls = get_method("consistency").load({})
-    method = cls(tiny_task(data=True), cls.Config())
-    roles = {name: (module, name in method.roles) for name, module in (method.frozen() | method.roles).items()}
-    teacher, target, student = make_plan(roles, method.updates(9), TrainerConfig(batch_size=4), speed=FAST).roles
-    assert (teacher.name, target.name, target.weights, target.moments) == ("teacher", "target", student.weights, 0)
+@pytest.mark.parametrize(("name", "helper"), [("consistency", "target"), ("disback", "node")])
+def test_helpers_that_are_not_trained_are_counted(name, helper):
+    """What gives a consistency model its targets, and a node of disback; as adapters where all others are."""
+    cls, trainer = get_method(name).load({}), TrainerConfig(batch_size=4)
     adapters = AdapterConfig(rank=1)
-    _, target, student = make_plan(
-        roles, method.updates(9), TrainerConfig(batch_size=4), adapters=adapters, speed=FAST
-    ).roles
-    assert target.parameters == student.parameters < teacher.parameters
+    shared = replace(tiny_task(data=True), shared=SharedBase(tiny_teacher(), adapters))
+    whole, adapted = (
+        cls(task, cls.Config()) for task in (tiny_task(data=True), replace(shared, teacher=shared.shared.teacher))
+    )
+    for method, later in ((whole, None), (whole, adapters), (adapted, None)):
+        roles = {role: (module, role in method.roles) for role, module in (method.frozen() | method.roles).items()}
+        plan = make_plan(roles, method.updates(900), trainer, adapters=later, speed=FAST)
+        rows = {row.name: row for row in plan.roles}
+        assert rows[helper].weights == rows["student"].weights and rows[helper].moments == 0
+        assert (rows[helper].parameters == rows["teacher"].parameters) == (method is whole and later is None)
 
 
 def test_weights_moments_and_average_are_those_of_training():

@@ -104,6 +104,12 @@ class DisBack(Around):
         super().begin(folder)
         self.nodes = folder / "nodes"
 
+    def frozen(self):
+        if self.config.teachers == 1:
+            return super().frozen()
+        shared = self.task.shared
+        return super().frozen() | {"node": self.teacher if shared is None else shared.adapter("node")}
+
     def phases(self, step: int) -> list[Phase]:
         recorded = step - self.config.record_steps
         phases = super().phases(max(recorded, 0))
