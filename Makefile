@@ -22,7 +22,7 @@ $(BIN)/.dev: $(BIN)/.installed
 demo: $(BIN)/.installed  ## install, distil the embedded digits teacher to one step, measure it, write demo/report.html
 	$(BIN)/diffaccel demo --output demo
 
-test: $(BIN)/.dev  ## the fast tests (about 7 minutes on 2 cores)
+test: $(BIN)/.dev  ## the fast tests (7 to 9 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(BIN)/.dev  ## the tests that train for minutes
